@@ -1,0 +1,309 @@
+"""What hooks get and what they give: one typed, frozen dataclass each, so a new field breaks nobody.
+
+In the order of a run, as in `hookspecs.py`. Names ending in `Context` go in; the others come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.core_model_loading import WeightConverter
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from engine.recipe import Recipe
+    from engine.session import Session
+    from engine.shape import ModelShape
+    from engine.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckContext:
+    """What is known before anything loads, and without torch."""
+
+    recipe: Recipe
+    shape: ModelShape | None
+    """None when the model's config.json is not on this machine yet."""
+    target: Target
+    traits: frozenset[str]
+    """Everything that the chosen plugins, the model and the target provide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateContext:
+    """A workload to price."""
+
+    recipe: Recipe
+    shape: ModelShape
+    target: Target
+    batch: int
+    tokens: int
+    """Tokens that the cache must hold: prompt and new ones, per sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One named part of a plan."""
+
+    name: str
+    bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionContext:
+    """The model's config, to be copied, edited and given back."""
+
+    config: PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionEncoding:
+    """The config that makes the model encode positions as the recipe says."""
+
+    config: PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsContext:
+    """The model's config, position encoding applied."""
+
+    config: PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """A config with its numbers of heads, and the conversions that make the weights match it."""
+
+    config: PretrainedConfig
+    converters: Sequence[WeightConverter] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeContext:
+    """What the weights will be, before quantizing."""
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """A quantization config of transformers, and what to do to the model once it is loaded."""
+
+    config: QuantizationConfigMixin | None = None
+    finish: Callable[[PreTrainedModel], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """The config as position encoding and heads left it."""
+
+    config: PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """An implementation that transformers has, or a forward and a mask function of one's own.
+
+    Never a forward alone: transformers then passes no mask, padding counts as text and cached
+    continuation is wrong, without a word (huggingface/transformers#45811).
+    """
+
+    implementation: str | None = None
+    """'eager', 'sdpa', …; None, with no forward, leaves the model its own default."""
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None
+    """As `transformers.AttentionInterface`: (module, query `[batch, heads, queries, head_dim]`,
+    key and value `[batch, kv_heads, keys, head_dim]`, mask, **kwargs) → output
+    `[batch, queries, heads, head_dim]`, and weights or None."""
+    mask: Callable[..., Any] | None = None
+    """As `transformers.AttentionMaskInterface`, for instance `transformers.masking_utils.sdpa_mask`."""
+
+    def __post_init__(self) -> None:
+        if (self.forward is None) != (self.mask is None):
+            raise ValueError("give forward and mask together, or neither")
+        if self.forward is not None and self.implementation is not None:
+            raise ValueError("give either an implementation's name, or forward and mask")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadContext:
+    """Everything that decides what the loaded model will be."""
+
+    recipe: Recipe
+    folder: Path
+    """The model's files; weights of a hub model may still have to be fetched into it."""
+    config: PretrainedConfig
+    dtype: torch.dtype
+    device: torch.device
+    heads: Heads
+    quantization: Quantization
+    attention_implementation: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model in evaluation mode, and what turns inputs into tensors for it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareContext:
+    """The loaded model, verified, not yet run."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheContext:
+    """A conversation, or a batch, that is about to start."""
+
+    config: PretrainedConfig
+    batch: int
+    max_tokens: int
+    """Tokens per sequence that it may grow to; never beyond the model's context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyValues:
+    """Where keys and values of earlier tokens are kept."""
+
+    cache: Cache | None
+    """None recomputes them for each token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeContext:
+    """A model ready to generate."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One call of a decoder."""
+
+    input_ids: torch.Tensor
+    """`[batch, tokens]`, left-padded: all tokens of each sequence, those in the cache included."""
+    attention_mask: torch.Tensor
+    """`[batch, tokens]`, 0 where padded."""
+    cache: Cache | None
+    max_new_tokens: int
+
+
+Decoder = Callable[[Generation], Iterator[list[int]]]
+"""Yields a list of `batch` token ids per step; a finished sequence yields padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskContext:
+    """The session, all but its task built."""
+
+    session: Session
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a run measured."""
+
+    prompt_tokens: int
+    new_tokens: int
+    forwarded_tokens: int
+    """Tokens that really went through the model: less than prompt and new when a cache helped."""
+    seconds: float
+    time_to_first_token: float
+    """Seconds from the call to the first new token."""
+    tokens_per_second: float | None
+    """New tokens after the first, per second; None when there was only one."""
+    peak_memory_bytes: int
+    """Peak of the device's allocator on a GPU, of the whole process on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One finished answer."""
+
+    text: str
+    token_ids: list[int]
+    """New tokens only."""
+    finish_reason: str
+    """'stop' (end token or stop string), 'length' (`decode.max_new_tokens`), 'context' (full)."""
+    figures: Figures
+
+
+class Stream(Protocol):
+    """Pieces of an answer while it grows; `output` is there once they are exhausted."""
+
+    output: Output
+
+    def __iter__(self) -> Iterator[str]: ...
+    def __next__(self) -> str: ...
+    def close(self) -> None:
+        """Stop generating."""
+
+
+class Chat(Protocol):
+    """A conversation that remembers."""
+
+    def send(self, message: str) -> Stream:
+        """Answer `message`, given all that was said before."""
+
+
+class Task(Protocol):
+    """What a recipe is for, ready to be asked."""
+
+    def probe(self) -> None:
+        """Send the smallest possible input through everything, for the receipts to look at."""
+
+    def stream(self, prompt: str) -> Stream:
+        """Answer piece by piece."""
+
+    def batch(self, prompts: Sequence[str]) -> list[Output]:
+        """Answer all prompts together."""
+
+    def chat(self) -> Chat:
+        """Start a conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """A claim about a choice, with the evidence, and whether it holds."""
+
+    slot: str
+    claim: str
+    """What the choice should have done."""
+    evidence: Mapping[str, str | int | float | bool]
+    """Numbers and names that were read from the built session, never from the recipe."""
+    ok: bool
+    plugin: str = field(default="", kw_only=True)
+    """The choice's name; the core fills it in."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields that `--json` prints."""
+        return {
+            "slot": self.slot,
+            "plugin": self.plugin,
+            "claim": self.claim,
+            "evidence": dict(self.evidence),
+            "ok": self.ok,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened in a run."""
+
+    kind: str
+    """'built', 'started', 'finished' or 'failed'."""
+    data: Mapping[str, Any]
