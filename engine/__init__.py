@@ -16,19 +16,21 @@ from typing import TYPE_CHECKING, Any
 from engine.hookspecs import API_VERSION, hookimpl
 
 if TYPE_CHECKING:
-    from engine.build import build
-    from engine.check import check
+    from engine.builder import build
     from engine.recipe import Recipe, compose
     from engine.session import Session
+    from engine.verdict import check
 
 __version__ = "0.1.0"
 __all__ = ["API_VERSION", "Recipe", "Session", "build", "check", "compose", "hookimpl"]
 
+# No module has the name of what it exports here: importing `engine.check` as a module would
+# replace the function of that name.
 _HOMES = {
     "Recipe": "engine.recipe",
     "Session": "engine.session",
-    "build": "engine.build",
-    "check": "engine.check",
+    "build": "engine.builder",
+    "check": "engine.verdict",
     "compose": "engine.recipe",
 }
 
