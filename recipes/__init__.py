@@ -1,0 +1,1 @@
+"""Recipes and presets that come with the engine: plain YAML, and the embedded model."""
