@@ -1,0 +1,196 @@
+"""Build a recipe: hooks in the order of a run, then a probe, then receipts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from engine import checkpoint
+from engine.contexts import (
+    Attention,
+    AttentionContext,
+    DecodeContext,
+    HeadsContext,
+    LoadContext,
+    PositionContext,
+    PrepareContext,
+    QuantizeContext,
+    TaskContext,
+)
+from engine.errors import CheckpointError, EngineError, Problem
+from engine.recipe import Recipe
+from engine.session import Session
+from engine.verdict import check
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+_numbers = itertools.count()
+
+Progress = Callable[[str], None]
+
+
+def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
+    """Build a recipe into a session whose every choice has proven that it took effect.
+
+    Args:
+        progress: is told each step before it starts, in a few words.
+
+    Raises:
+        RecipeError, DoesNotFit: when `check` refuses.
+        CheckpointError: when the model's files are not what they should be.
+        PluginError: when a hook fails, or a choice did not take effect.
+    """
+    progress("checking")
+    verdict = check(recipe)
+    verdict.raise_for_problems()
+    progress("finding the model")
+    folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=True)
+    if folder is None:
+        raise CheckpointError(f"{recipe.model.path} is neither a folder nor at the hub")
+    progress("importing torch and transformers")
+    source = _read_config(recipe, folder)
+    device = _device()
+    session = Session(
+        recipe=recipe, hooks=verdict.hooks, source_config=source, config=source, device=device
+    )
+    note = _other_machine(verdict.target.kind, device)
+    if note:
+        session.notes.append(note)
+    try:
+        _build(session, folder, progress)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _build(session: Session, folder: Any, progress: Progress) -> None:
+    recipe, hooks, built = session.recipe, session.hooks, session.built
+    dtype = _dtype(recipe, session.source_config, session.device)
+    positions = hooks.position_encoding(PositionContext(config=session.source_config))
+    heads = hooks.heads(HeadsContext(config=positions.config))
+    session.config = heads.config
+    quantization = hooks.quantize(
+        QuantizeContext(config=session.config, dtype=dtype, device=session.device)
+    )
+    attention = hooks.attention(AttentionContext(config=session.config))
+    built.update(
+        position_encoding=positions, heads=heads, quantize=quantization, attention=attention
+    )
+    progress(f"loading {recipe.model.path}")
+    built["load"] = hooks.load(
+        LoadContext(
+            recipe=recipe,
+            folder=folder,
+            config=session.config,
+            dtype=dtype,
+            device=session.device,
+            heads=heads,
+            quantization=quantization,
+            attention_implementation=_register(session, attention),
+        )
+    )
+    session.config = session.model.config
+    session.model.register_forward_pre_hook(_counter(session), with_kwargs=True)
+    hooks.prepare(PrepareContext(recipe=recipe, model=session.model))
+    built["decode"] = hooks.decode(
+        DecodeContext(model=session.model, tokenizer=session.tokenizer, seed=recipe.seed)
+    )
+    built["task"] = hooks.task(TaskContext(session=session))
+    progress("proving each choice")
+    session.task.probe()
+    session.collect_receipts()
+    session.observe("built", recipe=recipe.name, digest=recipe.digest)
+
+
+def _read_config(recipe: Recipe, folder: Any) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    checkpoint.read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=recipe.model.trust_remote_code
+        )
+    except EngineError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            Problem(
+                message=f"transformers cannot use the config: {error}",
+                hint="engine check tells what the recipe needs of it",
+                where=str(folder / "config.json"),
+                code="config",
+            )
+        ) from error
+    # The attention implementation comes from the recipe, never from the checkpoint.
+    config._attn_implementation_internal = None
+    return config
+
+
+def _device() -> torch.device:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def _other_machine(kind: str, device: torch.device) -> str:
+    if kind == device.type:
+        return ""
+    return f"the target is a {kind} device; this run is on {device.type}: its speed says nothing " \
+        "about the target"
+
+
+def _dtype(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    import torch
+
+    if recipe.model.dtype.value != "auto":
+        return getattr(torch, recipe.model.dtype.value)  # type: ignore[no-any-return]
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(stored, str):
+        stored = getattr(torch, stored, None)
+    return stored or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+
+
+def _register(session: Session, attention: Attention) -> str | None:
+    """Register a plugin's forward and mask under a name of the session's own."""
+    if attention.forward is None or attention.mask is None:
+        return attention.implementation
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    one = session.hooks.slot("attention")
+    forward = attention.forward
+    # Without 'sdpa', 'flash', 'flex' or '/': transformers gives names with these a meaning.
+    name = f"engine:{next(_numbers)}"
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        session.attention_calls += 1
+        return session.hooks.call(one, "attention", forward, *args, **kwargs)
+
+    AttentionInterface.register(name, counted)
+    AttentionMaskInterface.register(name, attention.mask)
+
+    def forget() -> None:
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            with suppress(KeyError):
+                del interface._global_mapping[name]
+
+    session.on_close.append(forget)
+    return name
+
+
+def _counter(session: Session) -> Callable[[Any, Any, dict[str, Any]], None]:
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            ids = kwargs["inputs_embeds"][..., 0]
+        session.forwarded_tokens += ids.numel()
+
+    return count

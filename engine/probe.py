@@ -1,0 +1,74 @@
+"""Send the smallest input through a built model and write down what really ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import Problem, RuntimeFailure
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+    from engine.session import Session
+
+PROMPT_TOKENS = 8
+
+
+@dataclass
+class Probe:
+    """What one short prefill and one decoding step showed."""
+
+    operators: Counter[str] = field(default_factory=Counter)
+    """Every torch operator that ran, by schema name ('aten::_softmax'), and how often."""
+    cache: Cache | None = None
+    tokens: list[int] = field(default_factory=list)
+    """Tokens given to the model, per call."""
+    attention_calls: int = 0
+    """How often the plugin's own attention forward ran."""
+
+
+def probe_model(session: Session) -> Probe:
+    """Run a prefill and a decoding step, counting operators.
+
+    Raises:
+        RuntimeFailure: when the logits are not finite.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    found = Probe()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            found.operators[func._schema.name] += 1
+            return func(*args, **(kwargs or {}))
+
+    rows = session.model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(PROMPT_TOKENS, device=session.device) % rows)[None]
+    found.cache = session.new_cache(1, PROMPT_TOKENS + 2).cache
+    options = {"past_key_values": found.cache, "use_cache": found.cache is not None}
+    before = session.attention_calls
+    with torch.no_grad(), Count():
+        logits = session.model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
+        found.tokens.append(ids.shape[1])
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=-1)
+        step = ids[:, -1:] if found.cache is not None else ids
+        last = session.model(input_ids=step, attention_mask=torch.ones_like(ids), **options).logits
+        found.tokens.append(step.shape[1])
+    found.attention_calls = session.attention_calls - before
+    bad = int((~torch.isfinite(last)).sum()) + int((~torch.isfinite(logits)).sum())
+    if bad:
+        raise RuntimeFailure(
+            Problem(
+                message=f"{bad} of {last.numel() + logits.numel()} logits of a short probe are NaN "
+                f"or infinite in {session.model.dtype}",
+                hint="model.dtype=float32, or bfloat16 where float16 overflows; "
+                "quantize=none tells whether quantizing is the cause",
+                code="logits-not-finite",
+            )
+        )
+    return found

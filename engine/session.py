@@ -1,0 +1,152 @@
+"""A built recipe: model, tokenizer, plugins, ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, overload
+
+from engine.contexts import CacheContext, Chat, Event, KeyValues, Output, Receipt, Stream, Task
+from engine.errors import RuntimeFailure
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from engine.probe import Probe
+    from engine.recipe import Recipe
+    from engine.registry import Hooks
+
+
+@dataclass(eq=False, kw_only=True)
+class Session:
+    """Run prompts through a built recipe.
+
+    One at a time: a session holds one model and one decoder. Make it with `engine.build`, and
+    close it (or use `with`) to give the model back.
+    """
+
+    recipe: Recipe
+    hooks: Hooks
+    source_config: PretrainedConfig
+    """As the checkpoint has it."""
+    config: PretrainedConfig
+    """As the hooks left it."""
+    device: torch.device
+    built: dict[str, Any] = field(default_factory=dict)
+    """Hook → what it returned."""
+    probe: Probe | None = None
+    """What a minimal run showed, before the first real one."""
+    receipts: list[Receipt] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What the user should know although nothing is wrong."""
+    forwarded_tokens: int = 0
+    """Tokens that went through the model so far, padding included."""
+    attention_calls: int = 0
+    """How often a custom attention forward ran in the probe."""
+    on_close: list[Any] = field(default_factory=list)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Return the loaded model."""
+        return self.built["load"].model  # type: ignore[no-any-return]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the model's tokenizer.
+
+        Raises:
+            RuntimeFailure: when the model came without one.
+        """
+        tokenizer = self.built["load"].tokenizer
+        if tokenizer is None:
+            raise RuntimeFailure(
+                f"{self.recipe.model.path} has no tokenizer, and text needs one",
+                hint="put tokenizer.json and tokenizer_config.json beside config.json",
+            )
+        return tokenizer  # type: ignore[no-any-return]
+
+    @property
+    def task(self) -> Task:
+        """Return what the recipe is for."""
+        return self.built["task"]  # type: ignore[no-any-return]
+
+    @cached_property
+    def context_tokens(self) -> int | None:
+        """Return how many tokens the model has positions for, or None if it has no limit."""
+        from engine.shape import read_shape
+
+        return read_shape(self.config.to_dict()).max_positions
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Return the tokens that end an answer."""
+        from_model = getattr(self.model.generation_config, "eos_token_id", None)
+        given = from_model if isinstance(from_model, list) else [from_model]
+        return frozenset(i for i in [*given, self.tokenizer.eos_token_id] if i is not None)
+
+    def stream(self, prompt: str) -> Stream:
+        """Answer piece by piece; after the last piece `.output` holds text, tokens and figures."""
+        return self.task.stream(prompt)
+
+    @overload
+    def generate(self, prompts: str) -> Output: ...
+    @overload
+    def generate(self, prompts: Sequence[str]) -> list[Output]: ...
+    def generate(self, prompts: str | Sequence[str]) -> Output | list[Output]:
+        """Answer one prompt, or several together as one batch."""
+        if not isinstance(prompts, str):
+            return self.task.batch(prompts)
+        stream = self.task.stream(prompts)
+        for _ in stream:
+            pass
+        return stream.output
+
+    def chat(self) -> Chat:
+        """Start a conversation; its cache carries over from turn to turn."""
+        return self.task.chat()
+
+    def new_cache(self, batch: int, max_tokens: int) -> KeyValues:
+        """Make room for the keys and values of `max_tokens` tokens in each of `batch` sequences."""
+        context = CacheContext(config=self.config, batch=batch, max_tokens=max_tokens)
+        return self.hooks.cache(context)
+
+    def collect_receipts(self) -> list[Receipt]:
+        """Ask every plugin for its proofs, now."""
+        from engine.receipts import collect
+
+        self.receipts = collect(self)
+        return self.receipts
+
+    def observe(self, kind: str, **data: Any) -> None:
+        """Tell the observers that something happened."""
+        self.hooks.observe(Event(kind=kind, data=data))
+
+    def close(self) -> None:
+        """Let go of the model, and of what was registered for it."""
+        while self.on_close:
+            self.on_close.pop()()
+        decoder = self.built.get("decode")
+        if hasattr(decoder, "close"):
+            decoder.close()
+        self.built.clear()
+        with suppress(ImportError):
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

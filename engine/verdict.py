@@ -1,0 +1,165 @@
+"""Say what is wrong with a recipe before anything loads, and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine import checkpoint
+from engine.contexts import CheckContext, EstimateContext, Term
+from engine.errors import CheckpointError, DoesNotFit, EngineError, Problem, RecipeError
+from engine.recipe import Recipe, slots
+from engine.registry import Chosen, Hooks
+from engine.shape import ModelShape, read_shape
+from engine.target import Target, resolve
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` found."""
+
+    recipe: Recipe
+    hooks: Hooks
+    target: Target
+    shape: ModelShape | None
+    """None when the model is not on this machine yet."""
+    problems: list[Problem]
+    terms: list[Term] = field(default_factory=list)
+    """Memory by name, as far as it can be told."""
+    error: type[EngineError] = RecipeError
+    """What `raise_for_problems` raises."""
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the recipe can be built, as far as can be known."""
+        return not self.problems
+
+    def raise_for_problems(self) -> None:
+        """Raise what was found wrong.
+
+        Raises:
+            RecipeError, CheckpointError, DoesNotFit: the kind that comes first in this list.
+        """
+        if self.problems:
+            raise self.error(self.problems)
+
+
+def check(recipe: Recipe) -> Verdict:
+    """Judge a recipe by its options, the model's shape, and the target.
+
+    Raises:
+        PluginError: when a plugin breaks the hook contract.
+    """
+    hooks = Hooks(
+        Chosen(slot, recipe.choices.get(slot, slot), plugin)
+        for slot, plugin in slots(recipe).items()
+    )
+    target = resolve(recipe.target)
+    shape, broken = _shape(recipe)
+    traits = _traits(hooks, shape, target)
+    context = CheckContext(recipe=recipe, shape=shape, target=target, traits=frozenset(traits))
+    problems = [*_own(context), *_unmet(hooks, traits), *hooks.check(context)]
+    if problems or broken:
+        error = RecipeError if problems else CheckpointError
+        return Verdict(recipe, hooks, target, shape, [*problems, *broken], error=error)
+    terms = _terms(hooks, context)
+    excess = _excess(terms, target)
+    return Verdict(recipe, hooks, target, shape, excess, terms, error=DoesNotFit)
+
+
+def _shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
+    try:
+        folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=False)
+        if folder is None:
+            return None, []
+        config = checkpoint.read_config(folder)
+        return read_shape(config), []
+    except CheckpointError as error:
+        return None, error.problems
+
+
+def _traits(hooks: Hooks, shape: ModelShape | None, target: Target) -> dict[str, str]:
+    """Return each trait, and who provides it."""
+    found = dict.fromkeys(target.traits, f"target={target.name}")
+    found |= dict.fromkeys(shape.traits if shape else (), "the model")
+    for one in hooks.chosen:
+        for trait in getattr(one.plugin, "provides", ()):
+            found[trait] = f"{one.slot}={one.choice}"
+    return found
+
+
+def _unmet(hooks: Hooks, traits: Mapping[str, str]) -> Iterable[Problem]:
+    for one in hooks.chosen:
+        name = f"{one.slot}={one.choice}"
+        for trait, hint in getattr(one.plugin, "needs", {}).items():
+            if trait not in traits:
+                yield Problem(
+                    message=f"{name} needs {trait}, and nothing chosen provides it",
+                    hint=hint, code="trait-missing", slot=one.slot,
+                )  # fmt: skip
+        for trait, hint in getattr(one.plugin, "excludes", {}).items():
+            if trait in traits:
+                yield Problem(
+                    message=f"{name} does not work with {trait}, which {traits[trait]} provides",
+                    hint=hint, code="trait-excluded", slot=one.slot,
+                )  # fmt: skip
+
+
+def _own(context: CheckContext) -> Iterable[Problem]:
+    """Yield what no single plugin could know."""
+    recipe, shape, target = context.recipe, context.shape, context.target
+    if not isinstance(getattr(recipe.decode, "max_new_tokens", None), int):
+        yield Problem(
+            message=f"decode={recipe.choices.get('decode')} has no option max_new_tokens: int, "
+            "which every decode plugin must have",
+            code="plugin-contract", slot="decode",
+        )  # fmt: skip
+    if recipe.model.dtype.value == "bfloat16" and "target.bfloat16" not in target.traits:
+        yield Problem(
+            message=f"{target.name} does not compute in bfloat16", hint="model.dtype=float16",
+            code="dtype",
+        )  # fmt: skip
+    if recipe.model.trust_remote_code and not recipe.model.revision:
+        yield Problem(
+            message="model.trust_remote_code runs code that may change from day to day",
+            hint="pin it: model.revision=COMMIT", code="remote-code",
+        )  # fmt: skip
+    if shape is not None and shape.remote_code and not recipe.model.trust_remote_code:
+        yield Problem(
+            message=f"transformers does not know '{shape.model_type}': the checkpoint brings code",
+            hint="read that code, then model.trust_remote_code=true model.revision=COMMIT",
+            code="remote-code",
+        )  # fmt: skip
+
+
+def _terms(hooks: Hooks, context: CheckContext) -> list[Term]:
+    if context.shape is None:
+        return []
+    new: Any = context.recipe.decode
+    return hooks.estimate(
+        EstimateContext(
+            recipe=context.recipe,
+            shape=context.shape,
+            target=context.target,
+            batch=1,
+            tokens=new.max_new_tokens,
+        )
+    )
+
+
+def _excess(terms: list[Term], target: Target) -> list[Problem]:
+    """Refuse when what can be told exceeds the target already."""
+    needed = sum(term.bytes for term in terms)
+    if target.usable_gib is None or needed <= target.usable_gib * 2**30:
+        return []
+    parts = " + ".join(f"{term.name} {term.bytes / 2**30:.2f}" for term in terms if term.bytes)
+    return [
+        Problem(
+            message=f"it needs at least {needed / 2**30:.2f} GiB ({parts}); {target.name} has "
+            f"{target.usable_gib:.2f} GiB usable",
+            hint="quantize=bitsandbytes (about a quarter of 16-bit weights), a smaller model, or "
+            "a target with more memory: engine list target",
+            code="does-not-fit",
+        )
+    ]
