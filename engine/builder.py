@@ -144,8 +144,10 @@ def _device() -> torch.device:
 def _other_machine(kind: str, device: torch.device) -> str:
     if kind == device.type:
         return ""
-    return f"the target is a {kind} device; this run is on {device.type}: its speed says nothing " \
+    return (
+        f"the target is a {kind} device; this run is on {device.type}: its speed says nothing "
         "about the target"
+    )
 
 
 def _dtype(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> torch.dtype:
@@ -172,7 +174,8 @@ def _register(session: Session, attention: Attention) -> str | None:
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         session.attention_calls += 1
-        return session.hooks.call(one, "attention", forward, *args, **kwargs)
+        with session.hooks.blaming(one, "attention"):
+            return forward(*args, **kwargs)
 
     AttentionInterface.register(name, counted)
     AttentionMaskInterface.register(name, attention.mask)

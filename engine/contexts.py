@@ -256,6 +256,9 @@ class Stream(Protocol):
 class Chat(Protocol):
     """A conversation that remembers."""
 
+    receipt: Receipt | None
+    """That the last turn processed its new tokens only; None where nothing is cached."""
+
     def send(self, message: str) -> Stream:
         """Answer `message`, given all that was said before."""
 

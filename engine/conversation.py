@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from engine.contexts import KeyValues
+from engine.contexts import KeyValues, Receipt
 from engine.errors import RecipeError
 from engine.generate import TextStream, capacity, check_prompt, room_for
 
@@ -42,6 +42,7 @@ class Conversation:
         self._values: KeyValues | None = None
         self._ids: list[int] = []
         self.messages: list[dict[str, str]] = []
+        self.receipt: Receipt | None = None
 
     def send(self, message: str) -> TextStream:
         """Answer `message`. Read the answer to its end, or close it, before the next.
@@ -53,14 +54,35 @@ class Conversation:
         ids = self._tokens(messages)
         check_prompt(self._session, ids)
         cache = self._cache_for(ids)
+        kept = int(cache.get_seq_length()) if cache is not None else 0
+        before = self._session.forwarded_tokens
+        room = room_for(self._session, cache, len(ids))
         self.messages = messages
+        self.receipt = None
 
         def finished(new: list[int], text: str) -> None:
             self._ids = ids + new
             self.messages.append({"role": "assistant", "content": text})
+            if cache is not None:
+                sent = self._session.forwarded_tokens - before
+                self.receipt = self._prove(len(ids), kept, len(new), sent)
 
-        room = room_for(self._session, cache, len(ids))
         return TextStream(self._session, ids, cache, room=room, finished=finished)
+
+    def _prove(self, total: int, kept: int, new: int, sent: int) -> Receipt:
+        # Each new token but the last is sent through the model to get the next.
+        return Receipt(
+            slot="cache",
+            plugin=self._session.recipe.choices.get("cache", ""),
+            claim="this turn processed only what was new",
+            evidence={
+                "conversation_tokens": total,
+                "from_cache": kept,
+                "new_tokens": new,
+                "forwarded": sent,
+            },
+            ok=sent <= total - kept + new,
+        )
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
         tokenizer = self._session.tokenizer

@@ -296,8 +296,15 @@ def steps(
         cache=cache,
         max_new_tokens=limit,
     )
-    decoder = session.built["decode"]
-    yield from session.hooks.call(session.hooks.slot("decode"), "decode", decoder, generation)
+    one = session.hooks.slot("decode")
+    with session.hooks.blaming(one, "decode"):
+        for step in session.built["decode"](generation):
+            if not isinstance(step, list) or len(step) != len(prompts):
+                session.hooks.blame(
+                    one, "decode", f"its decoder yielded {step!r:.80} where a list of "
+                    f"{len(prompts)} token ids was due"
+                )  # fmt: skip
+            yield step
 
 
 def finish_reason(

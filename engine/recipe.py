@@ -6,22 +6,20 @@ is noted, left out, and composing tried again, so that all of them are reported 
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from omegaconf import MISSING
 
 from engine.errors import EngineError, Problem, RecipeError, choices_hint
-from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
+from engine.hookspecs import SLOTS
 from engine.target import Target
 
 DEFAULT = "tiny"
@@ -104,8 +102,7 @@ def compose(recipe: str | os.PathLike[str] = DEFAULT, overrides: Sequence[str] =
     composing = Composing(name, folders, Schema, list(overrides))
     config, choices, file = composing.run(MAX_MISTAKES)
     values, text = composing.values(config)
-    made = Recipe(**values, name=name, file=file, choices=choices, text=text)
-    return made
+    return Recipe(**values, name=name, file=file, choices=choices, text=text)
 
 
 def locate(recipe: str | os.PathLike[str]) -> tuple[str, tuple[Path, ...]]:

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from engine import hookspecs
-from engine.errors import EngineError, PluginError, Problem, choices_hint, nearest
+from engine.errors import (
+    EngineError,
+    PluginError,
+    Problem,
+    RuntimeFailure,
+    choices_hint,
+    nearest,
+)
 from engine.hookspecs import API_VERSION, SLOTS
 
 if TYPE_CHECKING:
@@ -71,7 +79,8 @@ class Choice:
     def _broken(self, why: str) -> PluginError:
         return PluginError(
             Problem(
-                message=f"{self.slot}={self.name} ({self.entry.value}, of {self.distribution}) {why}",
+                message=f"{self.slot}={self.name} ({self.entry.value}, of {self.distribution}) "
+                f"{why}",
                 hint=f"mend or uninstall {self.distribution}, or choose another {self.slot}: "
                 "engine list --verify shows what works",
                 code="plugin-broken",
@@ -216,7 +225,9 @@ class Hooks:
 
         loaded = self._provide("load", context, Loaded)
         if not isinstance(loaded.model, torch.nn.Module):
-            self._blame(self.slot("load"), "load", "returned a Loaded whose model is no torch module")
+            self.blame(
+                self.slot("load"), "load", "returned a Loaded whose model is no torch module"
+            )
         return loaded
 
     def prepare(self, context: contexts.PrepareContext) -> PreTrainedModel:
@@ -235,7 +246,7 @@ class Hooks:
 
         values = self._provide("cache", context, KeyValues)
         if values.cache is not None and not isinstance(values.cache, Cache):
-            self._blame(
+            self.blame(
                 self.slot("cache"),
                 "cache",
                 f"returned a {type(values.cache).__name__} where a transformers.Cache was due",
@@ -246,7 +257,7 @@ class Hooks:
         """Ask for the decoding loop."""
         decoder = self._provide("decode", context, object)
         if not callable(decoder):
-            self._blame(
+            self.blame(
                 self.slot("decode"),
                 "decode",
                 f"returned a {type(decoder).__name__}, which cannot be called",
@@ -262,7 +273,7 @@ class Hooks:
             if not callable(getattr(task, name, None))
         ]
         if missing:
-            self._blame(
+            self.blame(
                 self.slot("task"),
                 "task",
                 f"returned a {type(task).__name__} without {', '.join(missing)}",
@@ -290,14 +301,20 @@ class Hooks:
         """Return what fills a slot."""
         return next(one for one in self.chosen if one.slot == name)
 
-    def call(self, one: Chosen, hook: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call something that a hook returned, blaming the plugin for what it raises."""
+    @contextmanager
+    def blaming(self, one: Chosen, hook: str) -> Iterator[None]:
+        """Name a plugin as the author of what is raised inside."""
         try:
-            return function(*args, **kwargs)
+            yield
         except EngineError:
             raise
         except Exception as error:
-            self._blame(one, hook, f"raised {type(error).__name__}: {error}", error)
+            if type(error).__name__ == "OutOfMemoryError":
+                raise RuntimeFailure(
+                    f"the device is out of memory: {str(error).splitlines()[0]}",
+                    hint="quantize=bitsandbytes, a smaller cache.max_tokens, or a shorter prompt",
+                ) from error
+            self.blame(one, hook, f"raised {type(error).__name__}: {error}", error)
 
     def _register(self, seat: _Seat) -> None:
         import pluggy
@@ -324,17 +341,19 @@ class Hooks:
                 mine = implementation.plugin is seat
                 wraps = implementation.wrapper or implementation.hookwrapper
                 if mine and not wraps and caller.name in PROVIDERS and caller.name != one.slot:
-                    self._blame(
-                        one, caller.name, f"only the plugin in the slot {caller.name} may answer this"
+                    self.blame(
+                        one,
+                        caller.name,
+                        f"only the plugin in the slot {caller.name} may answer this",
                     )
 
     def _provide(self, hook: str, context: object, expected: type[T]) -> T:
         one = self.slot(hook)
         result = self._guarded(one, hook, getattr(self._manager.hook, hook), {"context": context})
         if result is None:
-            self._blame(one, hook, "gave no answer (None)")
+            self.blame(one, hook, "gave no answer (None)")
         if not isinstance(result, expected):
-            self._blame(
+            self.blame(
                 one, hook, f"returned a {type(result).__name__} where {expected.__name__} was due"
             )
         return result
@@ -365,28 +384,26 @@ class Hooks:
     def _listed(self, one: Chosen, hook: str, result: Any, expected: type[T]) -> list[T]:
         # Hooks are often generators: their body runs here, so errors must be caught here too.
         if not isinstance(result, Iterable) or isinstance(result, str | bytes):
-            self._blame(
-                one, hook, f"returned a {type(result).__name__} where a list of "
-                f"{expected.__name__} was due"
+            self.blame(
+                one,
+                hook,
+                f"returned a {type(result).__name__} where a list of {expected.__name__} was due",
             )
-        items: list[Any] = self.call(one, hook, list, result)
+        with self.blaming(one, hook):
+            items: list[Any] = list(result)
         for item in items:
             if not isinstance(item, expected):
-                self._blame(
+                self.blame(
                     one, hook, f"gave a {type(item).__name__} where {expected.__name__} was due"
                 )
         return items
 
-    def _guarded(
-        self, one: Chosen, hook: str, caller: Any, arguments: Mapping[str, object]
-    ) -> Any:
+    def _guarded(self, one: Chosen, hook: str, caller: Any, arguments: Mapping[str, object]) -> Any:
         try:
             return caller(**arguments)
-        except EngineError:
-            raise
         except Exception as error:
-            author = self._author(error, hook) or one
-            self._blame(author, hook, f"raised {type(error).__name__}: {error}", error)
+            with self.blaming(self._author(error, hook) or one, hook):
+                raise
 
     def _author(self, error: BaseException, hook: str) -> Chosen | None:
         # A wrapper may be the one that failed: the innermost frame that is a hook's code tells.
@@ -401,9 +418,10 @@ class Hooks:
             frame = frame.tb_next
         return author
 
-    def _blame(
+    def blame(
         self, one: Chosen, hook: str, what: str, cause: BaseException | None = None
     ) -> NoReturn:
+        """Raise the `PluginError` that names plugin, hook and distribution."""
         raise PluginError(
             Problem(
                 message=f"{one.label}, hook {hook}: {what}",

@@ -1,0 +1,93 @@
+"""`engine chat`: a conversation; the cache carries over from turn to turn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from engine.cli import common
+from engine.errors import RuntimeFailure
+
+if TYPE_CHECKING:
+    from engine.contexts import Chat, Output
+    from engine.session import Session
+
+COMMANDS = "/reset starts anew, /exit (or Ctrl-D) ends, Ctrl-C breaks off an answer"
+
+
+def chat(arguments: common.Arguments = None, json: common.Json = False) -> None:
+    """Converse: one message per line, from the terminal or piped in.
+
+    engine chat
+
+    printf 'first question\\nsecond question\\n' | engine chat tiny --json
+
+    With --json each turn prints one object on a line: text, token_ids, figures, receipts.
+    """
+    recipe = common.compose(arguments)
+    with common.build(recipe) as session:
+        conversation = session.chat()
+        if sys.stdin.isatty():
+            print(f"{recipe.model.path}: {COMMANDS}", file=sys.stderr)
+        for message in _messages():
+            if message == "/exit":
+                break
+            if message == "/reset":
+                conversation = session.chat()
+                print("a new conversation", file=sys.stderr)
+            elif message.startswith("/") and sys.stdin.isatty():
+                print(COMMANDS, file=sys.stderr)
+            else:
+                _turn(session, conversation, message, json=json)
+
+
+def _turn(session: Session, conversation: Chat, message: str, *, json: bool) -> None:
+    try:
+        stream = conversation.send(message)
+    except RuntimeFailure as error:
+        if not sys.stdin.isatty():
+            raise
+        print(f"error: {error}\n  /reset starts anew", file=sys.stderr)
+        return
+    try:
+        for piece in stream:
+            if not json:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+        print("\n(broken off)", file=sys.stderr)
+        return
+    _report(session, conversation, stream.output, json=json)
+
+
+def _report(session: Session, conversation: Chat, output: Output, *, json: bool) -> None:
+    receipt = conversation.receipt
+    if json:
+        common.print_json(
+            {
+                "text": output.text,
+                "token_ids": output.token_ids,
+                "finish_reason": output.finish_reason,
+                "figures": output.figures,
+                "receipts": [one.as_dict() for one in [*session.receipts, receipt] if one],
+            }
+        )
+        return
+    print()
+    line = common.figures_line(output.figures, output.finish_reason, session.device.type)
+    kept = f" · {receipt.evidence['from_cache']} tokens from the cache" if receipt else ""
+    print(f"\n{line}{kept}\n", file=sys.stderr)
+
+
+def _messages() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if line.strip():
+            yield line.strip()

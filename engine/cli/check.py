@@ -1,0 +1,72 @@
+"""`engine check`: a verdict before anything loads."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from engine.cli import common
+
+if TYPE_CHECKING:
+    from engine.verdict import Verdict
+
+
+def check(arguments: common.Arguments = None, json: common.Json = False) -> None:
+    """Say whether a recipe can work, and what to type instead if not. Loads nothing.
+
+    engine check tiny-4bit-gqa
+
+    engine check llama-3.1-8b-nf4-t4 target=rtx3090
+    """
+    from engine.errors import EngineError
+    from engine.verdict import check as judge
+
+    try:
+        verdict = judge(common.compose(arguments))
+    except EngineError as error:
+        if not json:
+            raise
+        problems = [problem.as_dict() for problem in error.problems]
+        common.print_json({"ok": False, "problems": problems})
+        raise typer.Exit(error.exit_code) from error
+    if json:
+        common.print_json(
+            {
+                "ok": verdict.ok,
+                "problems": [problem.as_dict() for problem in verdict.problems],
+                "recipe": verdict.recipe.name,
+                "choices": verdict.recipe.choices,
+                "target": verdict.target.name,
+                "terms": {term.name: term.bytes for term in verdict.terms},
+                "shape_known": verdict.shape is not None,
+            }
+        )
+        if not verdict.ok:
+            raise typer.Exit(verdict.error.exit_code)
+        return
+    verdict.raise_for_problems()
+    _print(verdict)
+
+
+def _print(verdict: Verdict) -> None:
+    recipe, shape, target = verdict.recipe, verdict.shape, verdict.target
+    print(f"ok: {recipe.name} for {target.name}")
+    choices = {slot: choice for slot, choice in recipe.choices.items() if slot != "target"}
+    print("  " + " ".join(f"{slot}={choice}" for slot, choice in choices.items()))
+    if shape is None:
+        print(
+            f"  {recipe.model.path} is not on this machine yet: its shape and files were not "
+            "checked; engine run fetches it",
+            file=sys.stderr,
+        )
+        return
+    print(
+        f"  {shape.model_type}: {shape.layers} layers, hidden {shape.hidden_size}, "
+        f"{shape.heads} heads on {shape.kv_heads}, vocabulary {shape.vocab_size:,}"
+    )
+    for term in verdict.terms:
+        print(f"  {term.name}: {term.bytes:,} bytes")
+    if target.usable_gib is not None:
+        print(f"  usable on {target.name}: {target.usable_gib:.1f} GiB")

@@ -1,0 +1,145 @@
+"""What the verbs share: arguments, progress, and how figures and receipts are printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from engine.errors import RecipeError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from engine.builder import Progress
+    from engine.contexts import Figures, Receipt
+    from engine.recipe import Recipe
+    from engine.session import Session
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE] [OVERRIDE]...",
+        help="A recipe's name or file, then values to change: key=value.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+
+
+def compose(arguments: Sequence[str] | None) -> Recipe:
+    """Compose the recipe that the arguments name, or the default one."""
+    from engine import recipe
+
+    words = list(arguments or ())
+    named = bool(words) and "=" not in words[0] and not words[0].startswith(("~", "+"))
+    name = words.pop(0) if named else recipe.DEFAULT
+    return recipe.compose(name, words)
+
+
+def read_prompt(text: str | None) -> str:
+    """Return the prompt that `-p` means: text, @FILE, or '-' for standard input."""
+    if text is None:
+        return "" if sys.stdin is None or sys.stdin.isatty() else _stdin()
+    if text == "-":
+        return _stdin()
+    if not text.startswith("@"):
+        return text
+    file = Path(text[1:]).expanduser()
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"-p {text}: cannot read {file}: {error}",
+            hint="-p @FILE reads a UTF-8 file; to start a prompt with @, pipe it in: -p -",
+        ) from error
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"standard input is not UTF-8 text: {error}") from error
+
+
+def build(recipe: Recipe) -> Session:
+    """Build a recipe, saying on a terminal what is being done."""
+    from engine.builder import build as build_session
+
+    with progress() as tell:
+        session = build_session(recipe, progress=tell)
+    for note in session.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return session
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Show steps as they are told, on a terminal; elsewhere stay quiet."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    with stderr().status("starting") as status:
+        yield lambda step: status.update(f"{step} …")
+
+
+def stderr() -> Console:
+    """Return a console for what is not the answer itself."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one object on one line."""
+    print(json.dumps(value, ensure_ascii=False, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return str(value)
+
+
+def figures_line(figures: Figures, reason: str, device: str) -> str:
+    """Phrase what a run measured."""
+    parts = [
+        f"{figures.prompt_tokens} prompt + {figures.new_tokens} new tokens",
+        f"{figures.forwarded_tokens} forwarded",
+        f"first token {figures.time_to_first_token * 1000:.0f} ms",
+    ]
+    if figures.tokens_per_second is not None:
+        parts.append(f"{figures.tokens_per_second:.1f} tokens/s")
+    whose = "of the process" if device == "cpu" else f"on {device}"
+    parts += [f"peak {figures.peak_memory_bytes / 2**20:,.0f} MiB {whose}", f"ended by {reason}"]
+    return " · ".join(parts)
+
+
+def print_receipts(receipts: Sequence[Receipt]) -> None:
+    """Print the proofs as a table, on stderr."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "slot", "choice", "claim", "evidence"):
+        table.add_column(title, overflow="fold")
+    for receipt in receipts:
+        evidence = ", ".join(f"{key} {_short(value)}" for key, value in receipt.evidence.items())
+        table.add_row(
+            "ok" if receipt.ok else "NO", receipt.slot, receipt.plugin, receipt.claim, evidence
+        )
+    console = stderr()
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+
+
+def _short(value: str | int | float | bool) -> str:
+    if isinstance(value, bool) or isinstance(value, str):
+        return str(value).replace("[", "\\[")
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
