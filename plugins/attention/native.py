@@ -1,0 +1,42 @@
+"""attention=native: whatever transformers would choose by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine import hookimpl
+from engine.contexts import Attention, AttentionContext, Receipt
+
+if TYPE_CHECKING:
+    from engine.session import Session
+
+
+@dataclass
+class NativeAttention:
+    """Leave the model its own default implementation: SDPA where it has that, else eager."""
+
+    @hookimpl
+    def attention(self, context: AttentionContext) -> Attention:
+        """Name no implementation."""
+        return Attention()
+
+    @hookimpl
+    def receipts(self, session: Session) -> Iterator[Receipt]:
+        """Tell which implementation it was, and that attention ran."""
+        operators = session.probe.operators
+        fused = sum(count for name, count in operators.items() if "scaled_dot_product" in name)
+        softmax = sum(
+            operators[f"aten::{name}"] for name in ("softmax", "_softmax", "_safe_softmax")
+        )
+        yield Receipt(
+            slot="attention",
+            claim="attention runs as transformers chose",
+            evidence={
+                "implementation": str(session.model.config._attn_implementation),
+                "fused attention operators": fused,
+                "softmax operators": softmax,
+            },
+            ok=fused + softmax > 0,
+        )

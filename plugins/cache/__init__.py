@@ -1,0 +1,1 @@
+"""Where keys and values of earlier tokens are kept."""

@@ -1,0 +1,1 @@
+"""How many key/value heads there are."""

@@ -1,0 +1,138 @@
+"""load=random: weights made up from a seed, for trying a recipe without its checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine import checkpoint, hookimpl
+from engine.contexts import LoadContext, Loaded, Receipt
+from engine.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from engine.session import Session
+
+SAMPLE = 1024
+"""Values of each tensor that the digest covers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRandom(Loaded):
+    """A model, and the seed it grew from."""
+
+    seed: int
+
+
+@dataclass
+class Random:
+    """Draw the weights as training would start them: right sizes and speed, meaningless text.
+
+    Needs config.json and the tokenizer, no weights. The same `seed` (None: the recipe's) and
+    number format give the same weights on every device.
+    """
+
+    seed: int | None = None
+
+    @hookimpl
+    def load(self, context: LoadContext) -> LoadedRandom:
+        """Make the model on the CPU, then quantize it or move it to the device."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        tokenizer = _tokenizer(context)
+        seed = context.recipe.seed if self.seed is None else self.seed
+        options: dict[str, Any] = {"dtype": context.dtype}
+        if context.attention_implementation is not None:
+            options["attn_implementation"] = context.attention_implementation
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                model = AutoModelForCausalLM.from_config(
+                    context.config,
+                    trust_remote_code=context.recipe.model.trust_remote_code,
+                    **options,
+                )
+            except (ValueError, ImportError) as error:
+                raise CheckpointError(
+                    Problem(
+                        code="load",
+                        message=f"transformers has no causal language model for this: {error}",
+                        hint="if it needs code of its own, and you have read that: "
+                        "model.trust_remote_code=true and model.revision=<commit>",
+                        where=str(context.folder / "config.json"),
+                    )
+                ) from error
+        if context.quantization.config is not None:
+            model = _quantized(model, context, options)
+        if context.quantization.finish is not None:
+            context.quantization.finish(model)
+        model.to(context.device)
+        checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
+        return LoadedRandom(model=model.eval(), tokenizer=tokenizer, seed=seed)
+
+    @hookimpl
+    def receipts(self, session: Session) -> Iterator[Receipt]:
+        """Give a digest of the weights, and show that they are no constant."""
+        import torch
+
+        model = session.model
+        digest = hashlib.sha256()
+        for name, tensor in model.named_parameters():
+            sample = tensor.detach().flatten()[:SAMPLE].cpu().contiguous()
+            digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+        spread = float(model.get_input_embeddings().weight.float().std())
+        yield Receipt(
+            slot="load",
+            claim="the weights are random, by seed",
+            evidence={
+                "class": type(model).__name__,
+                "parameters": model.num_parameters(),
+                "seed": session.built["load"].seed,
+                "spread of the embedding": spread,
+                f"SHA-256 of {SAMPLE} values per tensor": digest.hexdigest()[:16],
+                "device": str(model.device),
+            },
+            ok=spread > 0 and not model.training and model.device == session.device,
+        )
+
+
+def _quantized(
+    model: PreTrainedModel, context: LoadContext, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Return a copy that was quantized as if its weights came from files."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        quantized: PreTrainedModel = type(model).from_pretrained(
+            None,
+            config=context.config,
+            state_dict=model.state_dict(),
+            quantization_config=context.quantization.config,
+            device_map={"": context.device},
+            **options,
+        )
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return quantized
+
+
+def _tokenizer(context: LoadContext) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            context.folder, trust_remote_code=context.recipe.model.trust_remote_code
+        )
+    except Exception as error:
+        message = f"it has no tokenizer that can be used: {type(error).__name__}: {error}"
+        raise CheckpointError(
+            Problem(code="load", message=message, where=str(context.folder))
+        ) from error
+    return tokenizer

@@ -1,0 +1,55 @@
+"""quantize=none: the weights as the checkpoint has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from engine import hookimpl
+from engine.contexts import EstimateContext, Quantization, QuantizeContext, Receipt, Term
+
+if TYPE_CHECKING:
+    from engine.session import Session
+
+
+@dataclass
+class Unquantized:
+    """Keep the weights in the number format of `model.dtype`."""
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price the checkpoint's tensors, where their sizes are known."""
+        dtype = context.recipe.model.dtype.value
+        tensors = context.shape.tensors.values()
+        if tensors and dtype == "auto":
+            yield Term(name="weights", bytes=context.shape.weight_bytes or 0)
+        elif tensors:
+            numbers = sum(prod(tensor.shape) for tensor in tensors)
+            yield Term(name="weights", bytes=numbers * (4 if dtype == "float32" else 2))
+
+    @hookimpl
+    def quantize(self, context: QuantizeContext) -> Quantization:
+        """Change nothing; a checkpoint that comes quantized stays as it is."""
+        return Quantization()
+
+    @hookimpl
+    def receipts(self, session: Session) -> Iterator[Receipt]:
+        """List the number formats of the real tensors."""
+        quantizer = getattr(session.model, "hf_quantizer", None)
+        asked = getattr(session.source_config, "quantization_config", None) is not None
+        dtypes: dict[str, int] = {}
+        for tensor in session.model.parameters():
+            name = str(tensor.dtype).removeprefix("torch.")
+            dtypes[name] = dtypes.get(name, 0) + tensor.numel() * tensor.element_size()
+        yield Receipt(
+            slot="quantize",
+            claim="the weights are in the checkpoint's own format"
+            if asked
+            else "nothing is quantized",
+            evidence={f"bytes in {name}": size for name, size in sorted(dtypes.items())}
+            | {"quantizer": type(quantizer).__name__},
+            ok=(quantizer is not None) == asked
+            and (asked or all(tensor.is_floating_point() for tensor in session.model.parameters())),
+        )
