@@ -1,0 +1,379 @@
+"""What config.json tells about a model, without torch.
+
+Families name the same things differently, and leave out what their config class knows: that comes
+from `engine.families`. What neither tells counts as unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from engine.errors import CheckpointError, Problem
+from engine.families import family
+
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
+HEADS = ("num_attention_heads", "n_head", "n_heads")
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
+VOCABULARY = ("vocab_size", "n_vocab", "padded_vocab_size")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+
+TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
+"""Where a config of several parts keeps the language model."""
+
+WITHOUT_KEYS = frozenset({"linear_attention", "conv", "recurrent", "dummy", "moe", "mlp"})
+"""Layer types that keep no keys and values per token."""
+
+WINDOWED = frozenset({"sliding_attention", "chunked_attention", "hybrid_sliding"})
+
+LEGACY_LAYER_TYPES = {
+    "mamba": "linear_attention",
+    "attention": "full_attention",
+    "deepseek_sparse_attention": "indexed_attention",
+}
+
+
+@dataclass(frozen=True)
+class TensorSize:
+    """A tensor in a checkpoint, as its header describes it."""
+
+    dtype: str
+    """As in the safetensors header: 'BF16', 'F32', …"""
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes and abilities of a model; of its text part, where it has several parts."""
+
+    model_type: str
+    architecture: str
+    """First of `architectures`, or ''."""
+    layers: int
+    hidden_size: int
+    heads: int
+    """Query heads; 0 in a model without attention."""
+    kv_heads: int
+    head_dim: int
+    """Of queries and keys."""
+    vocab_size: int
+    max_positions: int | None
+    """Tokens that the model was made for; None where its code sets no limit."""
+    position: str
+    """'rope', 'learned', 'alibi', 'sinusoidal' or 'none'."""
+    layer_types: tuple[str, ...]
+    """As the caches of transformers see them; 'dummy' uses the keys of another layer."""
+    kv_values: tuple[int, ...]
+    """Numbers that each layer keeps per token: keys and values, or their latents in MLA."""
+    sliding_window: int | None
+    """Tokens that windowed layers keep; None without such layers."""
+    dtype: str | None
+    quantization: str | None
+    """`quant_method` of a checkpoint that comes quantized."""
+    remote_code: bool
+    """Runs only with code from the checkpoint."""
+    traits: frozenset[str]
+    tensors: Mapping[str, TensorSize] = field(default_factory=dict, repr=False)
+    """By name, from the safetensors headers; empty when they are not here."""
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """Return the bytes of all tensors as stored, or None when unknown."""
+        return sum(tensor.nbytes for tensor in self.tensors.values()) if self.tensors else None
+
+    def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
+        """Return what one more token adds to the cache while no window is full."""
+        return round(sum(self.kv_values) * bytes_per_value)
+
+
+def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> ModelShape:
+    """Read a parsed config.json, and the tensors of the safetensors headers where known.
+
+    Raises CheckpointError, with every key that is missing or has an impossible value.
+    """
+    sizes = {
+        name: TensorSize(dtype=str(size.dtype), shape=tuple(size.shape), nbytes=int(size.nbytes))
+        for name, size in (tensors or {}).items()
+    }
+    reader = _Reader(config)
+    layers = reader.layers()
+    hidden = reader.count(HIDDEN)
+    vocabulary = reader.count(VOCABULARY)
+    heads = reader.heads()
+    reader.stop_at_problems()
+    head_dim = reader.head_dim(hidden, heads)
+    kv_heads = reader.kv_heads(heads)
+    layer_types = reader.layer_types(layers)
+    position = reader.position()
+    window = reader.window() if WINDOWED.intersection(layer_types) else None
+    shape = ModelShape(
+        model_type=reader.model_type,
+        architecture=reader.architecture(),
+        layers=layers,
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocabulary,
+        max_positions=reader.max_positions(position),
+        position=position,
+        layer_types=layer_types,
+        kv_values=reader.kv_values(layer_types, heads, kv_heads, head_dim),
+        sliding_window=window,
+        dtype=reader.dtype(),
+        quantization=_text(reader.mapping("quantization_config").get("quant_method")),
+        remote_code=not family(reader.model_type).known and bool(config.get("auto_map")),
+        traits=frozenset(reader.traits(position, layer_types, sizes)),
+        tensors=MappingProxyType(sizes),
+    )
+    reader.stop_at_problems()
+    return shape
+
+
+class _Reader:
+    """Look keys up under any of their names, and collect what is wrong with them."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.problems: list[Problem] = []
+        model_type = config.get("model_type")
+        if not isinstance(model_type, str) or not model_type:
+            self.complain("model_type is missing", "is this the folder of a transformers model?")
+            raise CheckpointError(self.problems)
+        self.model_type = model_type
+        self.part = _text_part(config)
+        inner = self.part.get("model_type") or f"{self.model_type}_text"
+        self.family = family(str(inner))
+        if not self.family.known:
+            self.family = family(self.model_type)
+        self.attention = self.mapping("attn_config")
+
+    def get(self, *names: str) -> Any:
+        """Return the first value that is not null: from the file, else from the config class."""
+        aliases = [self.family.renamed[name] for name in names if name in self.family.renamed]
+        for source in (self.part, self.attention, self.family.defaults):
+            for name in (*names, *aliases):
+                if source.get(name) is not None:
+                    return source[name]
+        return None
+
+    def outer(self, name: str) -> Any:
+        """Return what the whole config says, or else its text part."""
+        value = self.config.get(name)
+        return self.part.get(name) if value is None else value
+
+    def mapping(self, name: str) -> Mapping[str, Any]:
+        """Return a part of the config; empty where it is absent."""
+        value = self.outer(name)
+        if value is None or isinstance(value, Mapping):
+            return value or {}
+        self.complain(f"{name} must be a mapping, not {value!r}")
+        return {}
+
+    def complain(self, message: str, hint: str = "") -> None:
+        """Note a problem of config.json."""
+        self.problems.append(
+            Problem(message=message, hint=hint, code="config", where="config.json")
+        )
+
+    def stop_at_problems(self) -> None:
+        """Raise CheckpointError if there are problems."""
+        if self.problems:
+            raise CheckpointError(self.problems)
+
+    def optional(self, *names: str) -> int | None:
+        """Return a whole number above zero, or None where the key is absent."""
+        value = self.get(*names)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self.complain(f"{names[0]} must be a whole number above 0, not {value!r}")
+            return None
+        return value
+
+    def count(self, names: tuple[str, ...]) -> int:
+        """Return a whole number above zero; note a problem where the key is absent."""
+        before = len(self.problems)
+        value = self.optional(*names)
+        if value is None and len(self.problems) == before:
+            self.complain(f"{names[0]} is missing", f"or one of: {', '.join(names[1:])}")
+        return value or 1
+
+    def architecture(self) -> str:
+        """Return the first of the architectures, or ''."""
+        names = self.config.get("architectures") or [""]
+        if not isinstance(names, list) or not isinstance(names[0], str):
+            self.complain(f"architectures must be a list of names, not {names!r}")
+            return ""
+        return names[0]
+
+    def layers(self) -> int:
+        """Return the number of layers; hybrids such as Nemotron-H list them instead."""
+        kinds = self.get("layers_block_type")
+        return len(kinds) if isinstance(kinds, list) else self.count(LAYERS)
+
+    def heads(self) -> int:
+        """Return the number of query heads; 0 where the config class has no such thing."""
+        if self.family.known and self.get(*HEADS) is None:
+            return 0
+        return self.count(HEADS)
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        """Return the numbers per query head."""
+        if self.get("kv_lora_rank") and self.get("qk_nope_head_dim"):
+            return self.count(("qk_nope_head_dim",)) + self.count(("qk_rope_head_dim",))
+        stated = self.optional("head_dim", "d_kv")
+        if stated or not heads:
+            return stated or 0
+        if hidden % heads:
+            self.complain(f"hidden_size {hidden} does not divide by {heads} attention heads")
+        return hidden // heads
+
+    def kv_heads(self, heads: int) -> int:
+        """Return the number of key/value heads."""
+        if not heads:
+            return 0
+        if self.get("multi_query") and not self.get("new_decoder_architecture"):
+            return 1
+        kv_heads = self.optional(*KV_HEADS) or heads
+        if heads % kv_heads:
+            self.complain(f"{heads} attention heads do not divide by {kv_heads} key/value heads")
+        return kv_heads
+
+    def window(self) -> int | None:
+        """Return the tokens that windowed layers see; None where windows are off."""
+        if self.get("use_sliding_window") is False:
+            return None
+        return self.optional("sliding_window", "attention_chunk_size")
+
+    def layer_types(self, layers: int) -> tuple[str, ...]:
+        """Return the kind of each layer."""
+        stated = self.get("layer_types", "layers_block_type")
+        types = self._usual_layer_types(layers) if stated is None else stated
+        if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
+            self.complain(f"layer_types must be a list of names, not {types!r}")
+            return ()
+        if len(types) != layers:
+            self.complain(f"layer_types names {len(types)} layers, num_hidden_layers {layers}")
+        shared = self.optional("num_kv_shared_layers") if self.get("num_kv_shared_layers") else 0
+        own = layers - (shared or 0)
+        return tuple(
+            LEGACY_LAYER_TYPES.get(kind, kind) if index < own else "dummy"
+            for index, kind in enumerate(types)
+        )
+
+    def _usual_layer_types(self, layers: int) -> list[str]:
+        """Do as the config class does when config.json does not list the layers."""
+        if not self.get(*HEADS):
+            return ["linear_attention"] * layers
+        code = self.family.config_code
+        rhythm = (
+            r'"(sliding_attention|linear_attention)" if (?:bool)?\(*i \+ 1\) % (?:self\.)?_?(\w+)'
+        )
+        found = re.search(rhythm, code)
+        if found and (found[1] != "sliding_attention" or self.window()):
+            named = re.search(r'(?:window_pattern|attention_interval)(?:",| =) (\d+)', code)
+            usual = found[2] if found[2].isdigit() else named[1] if named else "1"
+            every = self.optional(found[2], "sliding_window_pattern", "full_attention_interval")
+            every = every or int(usual)
+            return [found[1] if (i + 1) % every else "full_attention" for i in range(layers)]
+        first = self.get("max_window_layers") if "i >= self.max_window_layers" in code else None
+        first = first if isinstance(first, int) else None
+        if not self.window() or (first is None and "layer_types" in self.family.defaults):
+            return ["full_attention"] * layers  # at worst more cache than there will be
+        windowed = "sliding_attention" if self.get("sliding_window") else "chunked_attention"
+        return [windowed if i >= (first or 0) else "full_attention" for i in range(layers)]
+
+    def kv_values(
+        self, layer_types: tuple[str, ...], heads: int, kv_heads: int, head_dim: int
+    ) -> tuple[int, ...]:
+        """Return how many numbers each layer keeps per token."""
+        latent = 0
+        if self.get("kv_lora_rank"):
+            latent = self.count(("kv_lora_rank",)) + self.count(("qk_rope_head_dim",))
+        elif self.get("new_decoder_architecture"):
+            kv_heads = heads  # Falcon repeats its heads before it stores them
+        value_dim = self.optional("v_head_dim") or head_dim
+
+        def keeps(layer: int, kind: str) -> int:
+            if kind in WITHOUT_KEYS:
+                return 0
+            own_heads, own_dim = self._exception(layer, kind)
+            both = 2 * own_dim if own_dim else head_dim + value_dim
+            return latent or (own_heads or kv_heads) * both
+
+        return tuple(keeps(layer, kind) for layer, kind in enumerate(layer_types))
+
+    def _exception(self, layer: int, kind: str) -> tuple[int | None, int | None]:
+        """Return key/value heads and their size where a layer has its own, as in Gemma 4."""
+        own = self.mapping("per_layer_config").get(str(layer), {})
+        if kind == "full_attention" and not own:
+            shared = self.optional("num_global_key_value_heads")
+            heads = shared if self.get("attention_k_eq_v") else None
+            return heads, self.optional("global_head_dim")
+        return own.get("num_key_value_heads"), own.get("head_dim")
+
+    def position(self) -> str:
+        """Return how the model knows where a token stands."""
+        code = self.family.model_code
+        if re.search(r"\balibi\b", code) or not code:
+            usual = "alibi" not in self.family.defaults and bool(code)
+            if self.part.get("alibi", usual) or (not code and self.attention.get("alibi")):
+                return "alibi"
+        rotary = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
+        if re.search(r"RotaryEmbedding\(|= apply_rotary", code) or (not code and self.get(*rotary)):
+            return "rope"
+        if "inusoidal" in code:
+            return "sinusoidal"
+        learned = r"wpe = |embed_positions = |position_embeddings = nn\.Emb|LearnedPositional"
+        return "learned" if re.search(learned, code) else "none"
+
+    def max_positions(self, position: str) -> int | None:
+        """Return the longest text that the model was made for."""
+        # ALiBi has no end, but MPT makes its biases once, for max_seq_len tokens.
+        return self.optional(*(("max_seq_len",) if position == "alibi" else POSITIONS))
+
+    def dtype(self) -> str | None:
+        """Return the number format that the checkpoint names."""
+        return _text(self.outer("dtype") or self.outer("torch_dtype"), drop="torch.")
+
+    def traits(
+        self, position: str, layer_types: tuple[str, ...], tensors: Mapping[str, TensorSize]
+    ) -> Iterator[str]:
+        """Yield what plugins may need or exclude."""
+        yield from self.family.traits - {"model.rope", "model.split_kv"}
+        if position == "rope" and "model.rope" in self.family.traits:
+            yield "model.rope"
+        if position == "alibi":
+            yield "model.alibi"
+        if WINDOWED.intersection(layer_types):
+            yield "model.sliding"
+        if self.get("attn_logit_softcapping"):
+            yield "model.softcap"
+        if self.get("kv_lora_rank"):
+            yield "model.latent_kv"
+        if _split(tensors) if tensors else "model.split_kv" in self.family.traits:
+            yield "model.split_kv"
+
+
+def _split(tensors: Iterable[str]) -> bool:
+    """Say whether the language model has a projection each for keys and for values."""
+    text = [name for name in tensors if not re.search(r"vision|visual|audio", name)]
+    ends = (".k_proj.weight", ".v_proj.weight")
+    return all(any(name.endswith(end) for name in text) for end in ends)
+
+
+def _text(value: Any, *, drop: str = "") -> str | None:
+    return str(value).removeprefix(drop) if value else None
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in TEXT_CONFIGS:
+        if isinstance(config.get(name), Mapping):
+            return _text_part(config[name])
+    return config
