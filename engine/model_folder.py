@@ -1,0 +1,159 @@
+"""Find a model's folder: shipped with the package, on this disk, or on the hub."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path, PurePosixPath
+
+from engine.errors import CheckpointError, Problem, choices_hint, nearest
+
+EMBEDDED = "recipes://"
+"""Prefix of the models that come with the package."""
+
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA256SUMS"]
+"""Patterns of what a hub model has beside weights and code."""
+
+_ANSWER_WITHIN = 10.0  # seconds that the hub may take
+
+
+def locate(path: str, revision: str | None, *, download: bool) -> Path | None:
+    """Return the folder of a model: shipped (`recipes://NAME`), on this disk, or of the hub.
+
+    A hub model's small files are fetched with `download`; without, the network is not touched and
+    None means that they are not here yet. Raises CheckpointError for what cannot be found.
+    """
+    if path.startswith(EMBEDDED):
+        return _embedded(path)
+    folder = Path(os.path.expanduser(path))
+    if path and folder.is_dir():
+        return folder
+    if _looks_like_a_path(path) or folder.is_file():
+        why = "is a file: give its folder" if folder.is_file() else "is not there"
+        raise _refused(path, f"{path} {why}", _sibling_hint(folder))
+    return fetch(path, revision, SMALL_FILES) if download else _cached(path, revision)
+
+
+def is_local(path: str) -> bool:
+    """Tell whether `path` means a folder of this machine, whatever the hub has."""
+    return path.startswith(EMBEDDED) or Path(os.path.expanduser(path)).is_dir()
+
+
+def _recipes_root() -> Path:
+    spec = find_spec("engine.recipes")
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError("engine.recipes is not installed", hint="pip install recipe-engine")
+    return Path(next(iter(spec.submodule_search_locations))).resolve()
+
+
+def _embedded(path: str) -> Path:
+    name, root = path.removeprefix(EMBEDDED), _recipes_root()
+    if not name or escapes(name) or not (root / name).resolve().is_relative_to(root):
+        raise _refused(path, f"{path} is not inside of the package's models", "")
+    if not (root / name).is_dir():
+        shipped = [str(config.parent.relative_to(root)) for config in root.rglob("config.json")]
+        hint = choices_hint(name, shipped, prefix=f"model.path={EMBEDDED}")
+        raise _refused(path, f"no model named {name} is shipped", hint)
+    return root / name
+
+
+def _looks_like_a_path(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or "\\" in path or path.count("/") > 1
+
+
+def escapes(name: str) -> bool:
+    """Tell whether a file's name leads out of its folder."""
+    # By its letters: in the hub's cache every file is a link to one outside of its folder.
+    path = PurePosixPath(name)
+    return path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
+
+
+def _sibling_hint(folder: Path) -> str:
+    try:
+        siblings = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return f"{folder.parent} is not there either" if folder.parent != folder else ""
+    close = nearest(folder.name, siblings)
+    return f"did you mean model.path={folder.parent / close}?" if close else ""
+
+
+def _refused(path: str, message: str, hint: str, code: str = "path") -> CheckpointError:
+    where = f"model.path={path}"
+    return CheckpointError(Problem(code=code, message=message, hint=hint, where=where))
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise _unanswered(repo, revision, error) from error
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """Return the folder with a model's files that match `patterns`, none of its subfolders.
+
+    Takes what the cache has where the hub does not answer. Raises CheckpointError where that is
+    not enough: offline, gated, no such model, no such revision.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    refusal: Exception | None = None
+    try:
+        # Asked first because this does not retry. A download of a commit does: 23 s, offline.
+        HfApi().model_info(repo, revision=revision, timeout=_ANSWER_WITHIN)
+    except Exception as error:
+        refusal = error
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*"],
+            local_files_only=refusal is not None,
+        )
+    except LocalEntryNotFoundError as error:
+        raise _unanswered(repo, revision, refusal or error) from (refusal or error)
+    except Exception as error:
+        raise _unanswered(repo, revision, error) from error
+    return Path(folder)
+
+
+def _unanswered(repo: str, revision: str | None, error: Exception) -> CheckpointError:
+    code, message, hint = _reason(repo, revision, error)
+    return _refused(repo, message, hint, code)
+
+
+def _reason(repo: str, revision: str | None, error: Exception) -> tuple[str, str, str]:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HFValidationError):
+        hint = "give a folder (model.path=./folder) or a model of the hub (model.path=org/name)"
+        return "path", f"{repo} is no folder here, nor can the hub have it: {error}", hint
+    if isinstance(error, errors.GatedRepoError) or _forbidden(error):
+        hint = "accept its terms on its page, then `hf auth login`"
+        return "gated", f"the hub does not let you read {repo}: gated, or not for your token", hint
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = "check the spelling (org/name); if it is private, `hf auth login`"
+        return "not-found", f"{repo} is neither a folder here nor a model that the hub shows", hint
+    if isinstance(error, errors.RevisionNotFoundError):
+        hint = "give a branch, tag or commit that its page lists, or leave model.revision out"
+        return "revision", f"{repo} has no revision {revision}", hint
+    cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    hint = "give a folder (model.path=./folder), or connect and unset HF_HUB_OFFLINE"
+    return "offline", f"{repo} is no folder here, and fetching it failed ({cause})", hint
+
+
+def _forbidden(error: Exception) -> bool:
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    # The hub answers 401 for what does not exist, too, and says so in a header.
+    return (
+        isinstance(error, HfHubHTTPError)
+        and not isinstance(error, RepositoryNotFoundError)
+        and error.response.status_code in (401, 403)
+    )

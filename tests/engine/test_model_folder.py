@@ -1,0 +1,241 @@
+"""A model's folder is found, or it is said why not; the hub is played by a local server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from engine import model_folder
+from engine.checkpoint import fetch_weights, locate, read_config, tensors
+from engine.errors import CheckpointError
+from tests.models import tiny_model
+from tests.refusal import refusal
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_model("llama", tmp_path / "model", max_shard_size="100KB")
+
+
+def test_a_folder_is_found_where_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert locate(str(folder), None, download=False) == folder
+    assert fetch_weights(str(folder), None) == folder
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert locate("~/model", None, download=False) == folder
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_path_that_is_not_there_names_its_neighbor(folder: Path, download: bool) -> None:
+    message = refusal(locate, f"{folder.parent}/modle", None, download=download)
+    assert f"{folder.parent}/modle is not there" in message
+    assert f"did you mean model.path={folder}?" in message
+
+
+@pytest.mark.parametrize("path", ["./gone", "~/gone", "gone\\model", "a/b/c", "../gone"])
+def test_what_looks_like_a_path_never_reaches_the_hub(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_folder, "fetch", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match="is not there"):
+        locate(path, None, download=True)
+
+
+def test_a_file_is_not_a_folder(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a file: give its folder"):
+        locate(str(folder / "config.json"), None, download=False)
+
+
+@pytest.mark.parametrize("path", ["", "a b", "org--x/name", "name.git"])
+@pytest.mark.parametrize("download", [False, True])
+def test_what_can_be_neither_folder_nor_hub_id(path: str, download: bool) -> None:
+    assert "nor can the hub have it" in refusal(locate, path, None, download=download)
+
+
+@pytest.fixture
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "recipes"
+    (root / "embedded" / "tiny").mkdir(parents=True)
+    (root / "embedded" / "tiny" / "config.json").write_text("{}")
+    (tmp_path / "outside").mkdir()
+    (root / "link").symlink_to(tmp_path / "outside")
+    monkeypatch.setattr(model_folder, "_recipes_root", lambda: root)
+    return root
+
+
+def test_a_shipped_model(shipped: Path) -> None:
+    expected = shipped / "embedded" / "tiny"
+    assert locate("recipes://embedded/tiny", None, download=False) == expected
+    assert fetch_weights("recipes://embedded/tiny", None) == expected
+
+
+def test_a_shipped_model_with_a_typo(shipped: Path) -> None:
+    message = refusal(locate, "recipes://embedded/tyni", None, download=False)
+    assert "did you mean model.path=recipes://embedded/tiny?" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../outside", "embedded/../../outside", "embedded/../embedded", "/etc", "link"]
+)
+def test_shipped_models_stay_in_the_package(shipped: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="not inside of the package"):
+        locate(f"recipes://{name}", None, download=False)
+
+
+# --- the hub, played by a local server -----------------------------------------------------------
+
+COMMIT = "0123456789" * 4
+
+
+class Hub(ThreadingHTTPServer):
+    """Answer for one model, `org/model`, and refuse others in the hub's ways."""
+
+    files: dict[str, bytes]
+    asked: list[str]
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.files, self.asked = {}, []
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def reply(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if "org/gated" in path:
+            return self.reply(b"{}", 403, X_Error_Code="GatedRepo")
+        if "org/forbidden" in path:
+            return self.reply(b"{}", 403)
+        if "org/model" not in path:
+            return self.reply(b"{}", 401, X_Error_Code="RepoNotFound")
+        if path.startswith("/api/models/org/model/tree/"):
+            files = self.server.files.items()
+            tree = [
+                {
+                    "type": "file",
+                    "path": name,
+                    "size": len(body),
+                    "oid": hashlib.sha1(body).hexdigest(),
+                }
+                for name, body in files
+            ]
+            return self.reply(json.dumps(tree).encode())
+        if path.startswith("/api/models/org/model"):
+            if path.endswith("/revision/gone"):
+                return self.reply(b"{}", 404, X_Error_Code="RevisionNotFound")
+            return self.reply(
+                json.dumps({"id": "org/model", "sha": COMMIT, "siblings": []}).encode()
+            )
+        name = path.partition(f"/resolve/{COMMIT}/")[2]
+        if self.command == "GET":
+            self.server.asked.append(name)
+        body = self.server.files[name]
+        return self.reply(body, X_Repo_Commit=COMMIT, ETag=f'"{hashlib.sha1(body).hexdigest()}"')
+
+
+def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> Iterator[Hub]:
+    server = Hub()
+    server.files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    server.files |= {"pytorch_model.bin": b"pickle", "original/model.safetensors": b"twice"}
+    server.files |= {"modeling.py": b"code"}
+    use_hub(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_small_files_first_then_the_weights(
+    hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert locate("org/model", None, download=False) is None
+    assert hub.asked == []
+    found = locate("org/model", None, download=True)
+    assert found is not None
+    assert read_config(found)["model_type"] == "llama"
+    assert not [name for name in hub.asked if name.endswith((".safetensors", ".bin", ".py"))]
+    assert locate("org/model", None, download=False) == found
+    assert fetch_weights("org/model", None) == found
+    assert tensors(found).keys() == tensors(folder).keys()
+    assert not [name for name in hub.asked if name.endswith((".bin", ".py")) or "/" in name]
+    # What was fetched once is found when the hub is gone.
+    use_hub(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    assert fetch_weights("org/model", None) == found
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_pickle_is_fetched_only_when_allowed(hub: Hub, allow_pickle: bool) -> None:
+    for name in [name for name in hub.files if "safetensors" in name]:
+        del hub.files[name]
+    found = fetch_weights("org/model", None, allow_pickle=allow_pickle)
+    assert ("pytorch_model.bin" in hub.asked) == allow_pickle
+    if allow_pickle:
+        assert tensors(found, allow_pickle=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "revision", "says"),
+    [
+        ("org/gated", None, "accept its terms"),
+        ("org/forbidden", None, "does not let you read org/forbidden"),
+        ("org/gone", None, "neither a folder here nor a model that the hub shows"),
+        ("org/model", "gone", "org/model has no revision gone"),
+    ],
+)
+def test_what_the_hub_refuses(hub: Hub, path: str, revision: str | None, says: str) -> None:
+    assert says in refusal(locate, path, revision, download=True)
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_without_a_network_it_fails_at_once(
+    revision: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_hub(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    began = time.perf_counter()
+    message = refusal(locate, "org/model", revision, download=True)
+    assert time.perf_counter() - began < 5
+    assert "fetching it failed" in message
+    assert "model.path=./folder" in message
+
+
+def test_offline_by_wish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    use_hub(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    message = refusal(locate, "org/model", None, download=True)
+    assert "OfflineModeIsEnabled" in message
+    assert "HF_HUB_OFFLINE" in message

@@ -1,0 +1,143 @@
+"""Tiny random models with a tokenizer, of the families that recipes are tested on.
+
+Two layers, 64 wide: made and saved in a fraction of a second, the same every time. The weights
+are spread far wider than a fresh model's, so that greedy decoding does not repeat one token.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 320
+CONTEXT = 128
+SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
+_PAIRS = [(a, b) for a, b in product("etaoinsr", repeat=2)][: VOCABULARY - 256 - len(SPECIAL)]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+_GROUPED: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2}
+
+_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", _GROUPED),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": 16}),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 16}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **_GROUPED,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": ("phi3", _GROUPED),
+    "gpt_neox": ("gpt_neox", {"intermediate_size": 128}),
+    "opt": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64, "init_std": 0.3}),
+    "gpt2": ("gpt2", {}),
+    "gpt_bigcode": ("gpt_bigcode", {"multi_query": True}),
+    "bloom": ("bloom", {}),
+    "falcon": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
+    "falcon-rotary": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+}
+
+FAMILIES = tuple(_SHAPES)
+"""Names that `tiny_config` and `tiny_model` know."""
+
+
+def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
+    """Return the config of a tiny model; `overrides` win over its values."""
+    model_type, shape = _SHAPES[family]
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.3,
+        "pad_token_id": SPECIAL["<pad>"],
+        "bos_token_id": SPECIAL["<s>"],
+        "eos_token_id": SPECIAL["</s>"],
+    }
+    return AutoConfig.for_model(model_type, **(values | shape | overrides))
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer that fills the vocabulary."""
+    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, _PAIRS)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=_PAIRS))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    fast: Any = PreTrainedTokenizerFast  # which has no annotations
+    tokenizer: PreTrainedTokenizerFast = fast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+    )
+    return tokenizer
+
+
+@torch.no_grad()
+def _unsettle(model: Any) -> None:
+    """Give biases and norms values of their own, and let decoding neither end nor stand still."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        if "embeddings_layernorm" in name:
+            parameter.mul_(0.02)
+    # A token's own embedding must not win over what the layers add: tied weights would repeat it.
+    if model.config.tie_word_embeddings:
+        model.get_input_embeddings().weight.mul_(0.02)
+    model.get_output_embeddings().weight[SPECIAL["</s>"]] = 0
+
+
+def tiny_model(
+    family: str,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    max_shard_size: str = "50GB",
+    **overrides: Any,
+) -> Path:
+    """Save a tiny random model of `family` with its tokenizer into `folder`, and return it."""
+    config = tiny_config(family, **overrides)
+    auto: Any = AutoModelForCausalLM  # which has no annotations
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)  # with 0 and 1, BLOOM and Falcon repeat themselves
+        model = auto.from_config(config, dtype=dtype)
+        _unsettle(model)
+    model.generation_config = GenerationConfig.from_model_config(config)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def safetensors_file(folder: Path, header: Any, data: bytes = b"") -> Path:
+    """Write a safetensors file with any header, true or not, and any data."""
+    body = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file = folder / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", len(body)) + body + data)
+    return file
