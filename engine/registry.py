@@ -8,6 +8,7 @@ around a pluggy manager that holds only the chosen plugins.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -160,12 +161,10 @@ class _Seat:
 
     def __init__(self, chosen: Chosen) -> None:
         self.chosen = chosen
-
-    def __dir__(self) -> list[str]:
-        return dir(self.chosen.plugin)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.chosen.plugin, name)
+        for name in dir(type(chosen.plugin)):
+            # Looked at without binding: a property must not run because hooks are searched.
+            if hasattr(inspect.getattr_static(chosen.plugin, name), "engine_impl"):
+                setattr(self, name, getattr(chosen.plugin, name))
 
     def __repr__(self) -> str:
         return f"<{self.chosen.label}>"
