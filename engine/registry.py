@@ -157,13 +157,18 @@ class Chosen:
 
 
 class _Seat:
-    """Stand for a plugin in pluggy, which wants hashable objects; option dataclasses are not."""
+    """Stand for a plugin in pluggy: its answers or its wrappers.
 
-    def __init__(self, chosen: Chosen) -> None:
+    pluggy wants hashable objects, which option dataclasses are not. Answers and wrappers sit apart,
+    so that a hook can be called for one plugin with all wrappers around it.
+    """
+
+    def __init__(self, chosen: Chosen, *, wrappers: bool) -> None:
         self.chosen = chosen
         for name in dir(type(chosen.plugin)):
-            # Looked at without binding: a property must not run because hooks are searched.
-            if hasattr(inspect.getattr_static(chosen.plugin, name), "engine_impl"):
+            # Statically, as pluggy does: looking must not run a property.
+            marks = getattr(inspect.getattr_static(type(chosen.plugin), name), "engine_impl", None)
+            if marks and bool(marks["wrapper"] or marks["hookwrapper"]) == wrappers:
                 setattr(self, name, getattr(chosen.plugin, name))
 
     def __repr__(self) -> str:
@@ -179,8 +184,9 @@ class Hooks:
         self.chosen = tuple(chosen)
         self._manager = pluggy.PluginManager("engine")
         self._manager.add_hookspecs(hookspecs)
-        for one in self.chosen:
-            self._register(_Seat(one))
+        for one in reversed(self.chosen):  # pluggy calls the last one first
+            for wrappers in (False, True):
+                self._register(_Seat(one, wrappers=wrappers), wrappers=wrappers)
 
     def check(self, context: contexts.CheckContext) -> list[Problem]:
         """Collect what the plugins find wrong."""
@@ -315,12 +321,13 @@ class Hooks:
                 ) from error
             self.blame(one, hook, f"raised {type(error).__name__}: {error}", error)
 
-    def _register(self, seat: _Seat) -> None:
+    def _register(self, seat: _Seat, *, wrappers: bool) -> None:
         import pluggy
 
         one = seat.chosen
+        name = f"{one.slot}={one.choice}"
         try:
-            self._manager.register(seat, name=f"{one.slot}={one.choice}")
+            self._manager.register(seat, name=f"{name} (wrappers)" if wrappers else name)
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             known = [*PROVIDERS, *COLLECTING]
