@@ -112,7 +112,7 @@ def _read_config(recipe: Recipe, folder: Any) -> PretrainedConfig:
 
     checkpoint.read_config(folder)
     try:
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=recipe.model.trust_remote_code
         )
     except EngineError:

@@ -89,8 +89,10 @@ class Conversation:
         text = str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
-        said = tokenizer.decode(
-            self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        said = str(
+            tokenizer.decode(
+                self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         )
         if self._ids and text.startswith(said):
             # Tokenizing an answer again can split it otherwise than the model wrote it.

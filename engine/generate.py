@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from engine.contexts import Figures, Generation, KeyValues, Output
@@ -121,7 +121,7 @@ class TextStream:
         """Stop generating."""
         self._pieces.close()
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         session = self._session
         wanted = session.recipe.decode.max_new_tokens
         detokenizer = Detokenizer(session.tokenizer, self._prompt)
@@ -223,9 +223,11 @@ def check_prompt(session: Session, prompt: Sequence[int]) -> None:
     """
     if not prompt:
         raise RuntimeFailure("the prompt is empty", hint='-p "some text"')
-    rows = session.model.get_input_embeddings().weight.shape[0]
-    if max(prompt) >= rows:
-        raise RuntimeFailure(f"token {max(prompt)} is beyond the model's {rows} embeddings")
+    if max(prompt) >= session.embedding_rows:
+        raise RuntimeFailure(
+            f"token {max(prompt)} is beyond the model's {session.embedding_rows} embeddings",
+            hint="the tokenizer belongs to another model",
+        )
     limit = session.context_tokens
     if limit is not None and len(prompt) >= limit:
         raise RuntimeFailure(

@@ -40,19 +40,18 @@ def probe_model(session: Session) -> Probe:
 
     found = Probe()
 
-    class Count(TorchDispatchMode):
+    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             found.operators[func._schema.name] += 1
             return func(*args, **(kwargs or {}))
 
-    rows = session.model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(PROMPT_TOKENS, device=session.device) % rows)[None]
+    ids = (torch.arange(PROMPT_TOKENS, device=session.device) % session.embedding_rows)[None]
     found.cache = session.new_cache(1, PROMPT_TOKENS + 2).cache
     options = {"past_key_values": found.cache, "use_cache": found.cache is not None}
     before = session.attention_calls
-    with torch.no_grad(), Count():
+    with torch.no_grad(), Count():  # type: ignore[no-untyped-call]
         logits = session.model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
         found.tokens.append(ids.shape[1])
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=-1)

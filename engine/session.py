@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from engine.contexts import CacheContext, Chat, Event, KeyValues, Output, Receipt, Stream, Task
 from engine.errors import RuntimeFailure
+from engine.probe import Probe
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from engine.probe import Probe
     from engine.recipe import Recipe
     from engine.registry import Hooks
 
@@ -39,7 +38,7 @@ class Session:
     device: torch.device
     built: dict[str, Any] = field(default_factory=dict)
     """Hook → what it returned."""
-    probe: Probe | None = None
+    probe: Probe = field(default_factory=Probe)
     """What a minimal run showed, before the first real one."""
     receipts: list[Receipt] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -83,6 +82,11 @@ class Session:
         return read_shape(self.config.to_dict()).max_positions
 
     @cached_property
+    def embedding_rows(self) -> int:
+        """Return how many token ids the model has embeddings for."""
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Return the tokens that end an answer."""
         from_model = getattr(self.model.generation_config, "eos_token_id", None)
@@ -96,10 +100,10 @@ class Session:
     @overload
     def generate(self, prompts: str) -> Output: ...
     @overload
-    def generate(self, prompts: Sequence[str]) -> list[Output]: ...
-    def generate(self, prompts: str | Sequence[str]) -> Output | list[Output]:
+    def generate(self, prompts: list[str]) -> list[Output]: ...
+    def generate(self, prompts: str | list[str]) -> Output | list[Output]:
         """Answer one prompt, or several together as one batch."""
-        if not isinstance(prompts, str):
+        if isinstance(prompts, list):
             return self.task.batch(prompts)
         stream = self.task.stream(prompts)
         for _ in stream:
@@ -130,9 +134,9 @@ class Session:
         """Let go of the model, and of what was registered for it."""
         while self.on_close:
             self.on_close.pop()()
-        decoder = self.built.get("decode")
-        if hasattr(decoder, "close"):
-            decoder.close()
+        close = getattr(self.built.get("decode"), "close", None)
+        if close is not None:
+            close()
         self.built.clear()
         with suppress(ImportError):
             import torch
