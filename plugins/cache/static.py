@@ -32,6 +32,16 @@ class Static:
     def check(self, context: CheckContext) -> Iterator[Problem]:
         """Refuse lengths that are none, or beyond the model's context."""
         limit = context.shape.max_positions if context.shape else None
+        if context.shape is not None and "model.alibi" in context.shape.traits:
+            # Its biases are as long as the tokens, the keys as long as the cache: an exception
+            # from the middle of the model (transformers 5.23, seen 2026-11-22).
+            yield Problem(
+                slot="cache",
+                code="cache-unsupported",
+                message=f"cache=static does not run {context.shape.model_type}: transformers "
+                "makes its ALiBi biases for the tokens there are, not for the cache's length",
+                hint="cache=dynamic",
+            )
         if self.max_tokens is None:
             return
         if self.max_tokens < SMALLEST:

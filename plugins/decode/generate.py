@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from engine import hookimpl
 from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt
@@ -58,6 +59,8 @@ class Generate:
     @hookimpl
     def decode(self, context: DecodeContext) -> Decoder:
         """Give a decoder with a worker thread of its own."""
+        # What generate() would warn of, limits above all, the engine has checked before.
+        logging.getLogger("transformers.generation").setLevel(logging.ERROR)
         return GenerateDecoder(self, context)
 
     @hookimpl
@@ -130,12 +133,14 @@ class GenerateDecoder:
             values |= {"temperature": options.temperature, **limits}
         if options.stop:
             values["stop_strings"] = options.stop
-        return GenerationConfig(**values)
+        made: GenerationConfig = cast(Any, GenerationConfig)(**values)
+        return made
 
     def _generate(self, generation: Generation, run: _Run) -> None:
         import torch
 
-        model, cached = self._context.model, generation.cache is not None
+        model: Any = self._context.model
+        cached = generation.cache is not None
         settings = self.settings(generation.max_new_tokens, cached=cached)
         own = model.generation_config
         # generate() fills what is unset here from the model's own defaults.

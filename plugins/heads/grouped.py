@@ -76,11 +76,17 @@ class GroupedHeads:
         config = copy.deepcopy(context.config)
         text = config.get_text_config()
         there = getattr(text, "num_key_value_heads", None)
-        if not there or self.num_key_value_heads not in _divisors(there)[:-1]:
+        if not there:
             raise RecipeError(
-                f"heads=grouped cannot pool {there or 'unknown'} key/value heads into "
-                f"{self.num_key_value_heads}",
+                f"heads=grouped: the code of {text.model_type} has as many key/value heads as "
+                "query heads, always",
                 hint="heads=native",
+            )
+        if self.num_key_value_heads not in _divisors(there)[:-1]:
+            raise RecipeError(
+                f"heads=grouped cannot pool {there} key/value heads into "
+                f"{self.num_key_value_heads}",
+                hint=f"heads.num_key_value_heads={_nearest(self.num_key_value_heads, there)}",
             )
         text.num_key_value_heads = self.num_key_value_heads
         return Heads(config=config, converters=_converters(_head_dim(text)))
@@ -89,9 +95,10 @@ class GroupedHeads:
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Read the rows of the real projections, and recompute a mean from the checkpoint."""
         text = session.model.config.get_text_config()
+        model: Any = session.model
         projections = {
             name: module
-            for name, module in session.model.get_decoder().named_modules()
+            for name, module in model.get_decoder().named_modules()
             if name.endswith((".k_proj", ".v_proj"))
         }
         rows = {int(module.out_features) for module in projections.values()}
@@ -126,7 +133,7 @@ def _head_dim(text: PretrainedConfig) -> int:
 
 def _pool(tensor: torch.Tensor, rows: int, head_dim: int) -> torch.Tensor:
     """Average neighboring heads: `[kv_heads * head_dim, …]` → `[rows, …]`, in float32."""
-    grouped = tensor.float().unflatten(0, (rows // head_dim, -1, head_dim))
+    grouped = tensor.float().reshape(rows // head_dim, -1, head_dim, *tensor.shape[1:])
     return grouped.mean(dim=1).flatten(0, 1).to(tensor.dtype)
 
 
@@ -162,7 +169,13 @@ def _converters(head_dim: int) -> list[WeightConverter]:
     class Keep(ConversionOps):
         """Save pooled tensors as they are."""
 
-        def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
+        def convert(
+            self,
+            input_dict: dict[str, Any],
+            source_patterns: list[str],
+            target_patterns: list[str],
+            **known: Any,
+        ) -> dict[str, Any]:
             return input_dict
 
     class Pool(ConversionOps):

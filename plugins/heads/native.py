@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from engine import hookimpl
 from engine.contexts import Heads, HeadsContext, Receipt
@@ -37,7 +37,8 @@ class NativeHeads:
             for name in ("num_attention_heads", "num_key_value_heads", "num_kv_heads")
         )
         evidence: dict[str, str | int | float | bool] = {}
-        measured = _measure(session.model.get_decoder(), text.num_attention_heads)
+        decoder = cast(Any, session.model).get_decoder()
+        measured = _measure(decoder, text.num_attention_heads)
         stated = getattr(text, "num_key_value_heads", None)
         if measured is None:
             evidence["projections"] = "of a layout that is not known here; config compared only"

@@ -50,8 +50,9 @@ class Random:
             options["attn_implementation"] = context.attention_implementation
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            auto: Any = AutoModelForCausalLM
             try:
-                model = AutoModelForCausalLM.from_config(
+                model = auto.from_config(
                     context.config,
                     trust_remote_code=context.recipe.model.trust_remote_code,
                     **options,
@@ -79,12 +80,12 @@ class Random:
         """Give a digest of the weights, and show that they are no constant."""
         import torch
 
-        model = session.model
+        model: Any = session.model
         digest = hashlib.sha256()
         for name, tensor in model.named_parameters():
             sample = tensor.detach().flatten()[:SAMPLE].cpu().contiguous()
             digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
-        spread = float(model.get_input_embeddings().weight.float().std())
+        spread = float(model.get_input_embeddings().weight.detach().float().std())
         yield Receipt(
             slot="load",
             claim="the weights are random, by seed",
@@ -104,9 +105,11 @@ def _quantized(
     model: PreTrainedModel, context: LoadContext, options: dict[str, Any]
 ) -> PreTrainedModel:
     """Return a copy that was quantized as if its weights came from files."""
-    from transformers.utils import logging
+    from transformers import utils
 
-    bars = logging.is_progress_bar_enabled()
+    logging: Any = utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         quantized: PreTrainedModel = type(model).from_pretrained(
@@ -118,6 +121,7 @@ def _quantized(
             **options,
         )
     finally:
+        logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
     return quantized

@@ -16,7 +16,7 @@ from engine.errors import CheckpointError, DoesNotFit, Problem
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
     from transformers.core_model_loading import WeightConverter
 
     from engine.session import Session
@@ -89,9 +89,7 @@ class Transformers:
             and (loaded.tensors > 0 or self.allow_pickle),
         )
 
-    def _from_pretrained(
-        self, context: LoadContext, folder: Path
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+    def _from_pretrained(self, context: LoadContext, folder: Path) -> tuple[Any, dict[str, Any]]:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -105,7 +103,8 @@ class Transformers:
             # Quantizers choose a GPU by themselves when they are not told.
             options["device_map"] = {"": context.device}
         try:
-            found: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            auto: Any = AutoModelForCausalLM
+            model, info = auto.from_pretrained(
                 folder,
                 config=context.config,
                 dtype=context.dtype,
@@ -123,7 +122,7 @@ class Transformers:
             ) from error
         except Exception as error:
             raise _refused(folder, error, "transformers cannot load it") from error
-        return found
+        return model, info
 
 
 def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -154,8 +153,9 @@ def _refused(folder: Path, error: Exception, what: str) -> CheckpointError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' warnings and progress bars from the terminal: faults are errors here."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -172,12 +172,13 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _registered(config: PretrainedConfig, converters: Sequence[WeightConverter]) -> Iterator[None]:
     """Add converters to those of the model's type, for the time of one load."""
-    from transformers import conversion_mapping as registry
+    from transformers import conversion_mapping
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not converters:
         yield
         return
+    registry: Any = conversion_mapping
     # transformers looks under the class first, then under the type; the first found is used alone.
     names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), config.model_type]
     found = {name: registry.get_checkpoint_conversion_mapping(name) for name in names}

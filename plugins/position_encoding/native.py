@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from engine import hookimpl
 from engine.contexts import PositionContext, PositionEncoding, Receipt
@@ -51,7 +51,8 @@ def _changed(model: PreTrainedModel, source: PretrainedConfig) -> tuple[int, int
     """Return how many inverse frequencies differ from those of the source, and of how many."""
     import torch
 
-    rotary: Any = next((m for m in model.get_decoder().modules() if _frequencies(m)), None)
+    decoder = cast(Any, model).get_decoder()
+    rotary: Any = next((module for module in decoder.modules() if _frequencies(module)), None)
     if rotary is None:
         return 0, 0
     with torch.device("cpu"):

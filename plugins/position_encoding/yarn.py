@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from engine import hookimpl
 from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt
@@ -98,8 +98,14 @@ class Yarn:
             # Phi-3 keeps it here as well, and this one wins.
             text.original_max_position_embeddings = original
         text.max_position_embeddings = int(original * self.factor)
-        text.standardize_rope_params()
-        text.validate_rope()
+        try:
+            text.standardize_rope_params()
+            text.validate_rope()
+        except (ValueError, KeyError) as error:
+            raise RecipeError(
+                f"position_encoding=yarn: transformers refuses it for {text.model_type}: {error}",
+                hint="position_encoding=native",
+            ) from error
         return PositionEncoding(config=config)
 
     @hookimpl
@@ -137,7 +143,8 @@ def _measure(model: PreTrainedModel, source: PretrainedConfig) -> tuple[int, int
     """Return how many inverse frequencies differ from the source's, of how many; the scaling."""
     import torch
 
-    rotary: Any = next((m for m in model.get_decoder().modules() if _frequencies(m)), None)
+    decoder = cast(Any, model).get_decoder()
+    rotary: Any = next((module for module in decoder.modules() if _frequencies(module)), None)
     if rotary is None:
         return 0, 0, 1.0
     with torch.device("cpu"):

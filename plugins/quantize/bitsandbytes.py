@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
 from math import ceil, prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from engine import hookimpl
 from engine.contexts import (
@@ -113,33 +113,34 @@ class BitsAndBytes:
         import torch
         from transformers import BitsAndBytesConfig
 
+        make: Any = BitsAndBytesConfig
         # Before bitsandbytes is imported: it complains of kernels that nobody asked for, and then
         # tells of each 8-bit product that its inputs become float16.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         skip = _skipped(context.config, self.skip_modules) if self.skip_modules else None
         if self.bits == 8:
-            config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-            return Quantization(config=config)
+            config = make(load_in_8bit=True, llm_int8_skip_modules=skip)
+            return Quantization(config=config, finish=_finish)
         name = self.compute_dtype.value
         if self.compute_dtype is ComputeDtype.auto:
             name = str(context.dtype).removeprefix("torch.").replace("float32", "bfloat16")
-        config = BitsAndBytesConfig(
+        config = make(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type.value,
             bnb_4bit_use_double_quant=self.double_quant,
             bnb_4bit_compute_dtype=getattr(torch, name),
             llm_int8_skip_modules=skip,
         )
-        return Quantization(config=config, finish=_keep_packing)
+        return Quantization(config=config, finish=_finish)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Count packed layers and their real bytes, and the operators that used them."""
-        import bitsandbytes
+        from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
         from torch import nn
         from transformers.pytorch_utils import Conv1D
 
-        kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+        kinds = (Linear4bit, Linear8bitLt)
         linear = [m for m in session.model.modules() if isinstance(m, (nn.Linear, Conv1D))]
         packed = [module for module in linear if isinstance(module, kinds)]
         size = sum(_real_bytes(module) for module in packed)
@@ -164,7 +165,7 @@ class BitsAndBytes:
             evidence=evidence,
             ok=bool(packed)
             and ran.total() > 0
-            and self.bits <= 8 * size / before < self.bits + 2
+            and self.bits <= 8 * size / before < 2 * self.bits
             and (state is None) == (self.bits == 8)
             and (state is None or state.quant_type == self.quant_type.value)
             and (state is None or state.nested == self.double_quant),
@@ -196,7 +197,7 @@ def _skipped(config: PretrainedConfig, patterns: list[str]) -> list[str]:
     # A config class that came with the checkpoint was allowed by the recipe, and so is its model.
     trusted = type(config).__module__.startswith("transformers_modules.")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        model = cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=trusted)
     layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     for pattern in patterns:
         if all(should_convert_module(name, [pattern]) for name in layers):
@@ -208,16 +209,30 @@ def _skipped(config: PretrainedConfig, patterns: list[str]) -> list[str]:
     return [*get_keys_to_not_convert(model), *patterns]
 
 
-def _keep_packing(model: PreTrainedModel) -> None:
-    """Forbid bitsandbytes to repack weights at the first forward pass.
+def _finish(model: PreTrainedModel) -> None:
+    """Refuse a model of which nothing was packed, and keep packed weights as they are.
 
-    On CPUs with AVX512-BF16 it does so in place, after which state_dict, save_pretrained and
-    dequantize silently give garbage (bitsandbytes 0.50, issue 2078; seen 2026-11-22).
+    On CPUs with AVX512-BF16 bitsandbytes would repack them in place at the first forward pass;
+    state_dict, save_pretrained and dequantize then silently give garbage (bitsandbytes 0.50.2,
+    its issue 2078; seen 2026-11-22).
     """
-    import bitsandbytes
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    from torch import nn
 
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+    packed = [
+        module for module in model.modules() if isinstance(module, (Linear4bit, Linear8bitLt))
+    ]
+    if not packed:
+        kinds = {
+            type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)
+        }
+        raise RecipeError(
+            f"quantize=bitsandbytes packs plain linear layers only; {type(model).__name__} has "
+            f"{', '.join(sorted(kinds)) or 'none'}, most of its own kind or skipped",
+            hint="quantize=none",
+        )
+    for module in packed:
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
