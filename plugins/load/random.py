@@ -61,9 +61,10 @@ class Random:
                 raise CheckpointError(
                     Problem(
                         code="load",
-                        message=f"transformers has no causal language model for this: {error}",
-                        hint="if it needs code of its own, and you have read that: "
-                        "model.trust_remote_code=true and model.revision=<commit>",
+                        message=f"transformers cannot make a {context.config.model_type}: "
+                        + str(error).partition("\n")[0],
+                        hint="if it needs code of its own, read that, then: "
+                        "model.trust_remote_code=true model.revision=…",
                         where=str(context.folder / "config.json"),
                     )
                 ) from error
@@ -135,8 +136,13 @@ def _tokenizer(context: LoadContext) -> PreTrainedTokenizerBase:
             context.folder, trust_remote_code=context.recipe.model.trust_remote_code
         )
     except Exception as error:
-        message = f"it has no tokenizer that can be used: {type(error).__name__}: {error}"
+        first = str(error).partition("\n")[0]
         raise CheckpointError(
-            Problem(code="load", message=message, where=str(context.folder))
+            Problem(
+                code="load",
+                message=f"there is no tokenizer that can be used: {type(error).__name__}: {first}",
+                hint="put tokenizer.json and tokenizer_config.json beside config.json",
+                where=str(context.folder),
+            )
         ) from error
     return tokenizer

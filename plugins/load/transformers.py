@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _LOADING = threading.Lock()
 """Conversions are registered for the whole process, so only one model loads at a time."""
 
+CODE = "if it needs code of its own, read that, then: model.trust_remote_code=true model.revision=…"
+TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedCheckpoint(Loaded):
@@ -121,7 +124,8 @@ class Transformers:
                 hint="quantize=bitsandbytes, or a smaller model",
             ) from error
         except Exception as error:
-            raise _refused(folder, error, "transformers cannot load it") from error
+            kind = context.config.model_type
+            raise _refused(folder, error, f"transformers cannot load this {kind}", CODE) from error
         return model, info
 
 
@@ -134,19 +138,15 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
                 folder, trust_remote_code=trust_remote_code
             )
     except Exception as error:
-        raise _refused(folder, error, "it has no tokenizer that can be used") from error
+        raise _refused(
+            folder, error, "there is no tokenizer that can be used", TOKENIZER
+        ) from error
     return tokenizer
 
 
-def _refused(folder: Path, error: Exception, what: str) -> CheckpointError:
-    text = str(error).strip()
-    hint = ""
-    if "trust_remote_code" in text or "Unrecognized configuration class" in text:
-        hint = (
-            "if it needs code of its own, and you have read that: model.trust_remote_code=true "
-            "and model.revision=<commit>"
-        )
-    message = f"{what}: {type(error).__name__}: {text}"
+def _refused(folder: Path, error: Exception, what: str, hint: str) -> CheckpointError:
+    first = next(iter(str(error).strip().splitlines()), "")
+    message = f"{what}: {type(error).__name__}: {first}"
     return CheckpointError(Problem(code="load", message=message, hint=hint, where=str(folder)))
 
 
