@@ -39,6 +39,8 @@ __all__ = [
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Causal masks that old checkpoints of GPT-2, GPT-Neo and GPT-J hold; models make their own now.
+_RELICS = ("*.attn.bias", "*.attn.attention.bias", "*.masked_bias")
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 
 
@@ -73,7 +75,9 @@ def _implementations(node: Any) -> Iterator[tuple[str, Any]]:
             yield from _implementations(item)
 
 
-def _bad_file(file: Path, message: str, hint: str = "", code: str = "file") -> CheckpointError:
+def _bad_file(
+    file: Path, message: str, hint: str = "fetch it from its source again", code: str = "file"
+) -> CheckpointError:
     return CheckpointError(Problem(code=code, message=message, hint=hint, where=str(file)))
 
 
@@ -86,7 +90,7 @@ def _json_object(file: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
     except (ValueError, RecursionError) as error:
-        what, hint = disguise(content[:256]) or (f"not JSON: {error}", "fetch this file again")
+        what, hint = disguise(content[:256]) or (f"not JSON: {error}", "fetch it again, or mend it")
         raise _bad_file(file, f"{file.name} is {what} ({len(content)} bytes)", hint) from error
     if not isinstance(parsed, dict):
         raise _bad_file(file, f"{file.name} is not a JSON object but {type(parsed).__name__}")
@@ -141,7 +145,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or escapes(shard) or not shard.endswith(".safetensors"):
             message = f"{_INDEX} maps {name} to {shard}: no safetensors file of this folder"
-            raise _bad_file(folder / _INDEX, message, "fetch the checkpoint from its source again")
+            raise _bad_file(folder / _INDEX, message)
     return weight_map
 
 
@@ -274,7 +278,7 @@ def verify_loaded(
     patterns (`*.bias`) of what else may differ. Raises CheckpointError with all differences.
     """
     missing = _unmatched(info["missing_keys"], expected_missing)
-    unexpected = _unmatched(info["unexpected_keys"], expected_unexpected)
+    unexpected = _unmatched(info["unexpected_keys"], [*_RELICS, *expected_unexpected])
     shapes = [
         f"{name} has shape {list(there)} in the checkpoint and {list(needed)} in the model"
         for name, there, needed in sorted(info["mismatched_keys"])

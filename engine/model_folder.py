@@ -14,6 +14,7 @@ EMBEDDED = "recipes://"
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA256SUMS"]
 """Patterns of what a hub model has beside weights and code."""
 
+_EITHER = "give a folder (model.path=./folder) or a model of the hub (model.path=org/name)"
 _ANSWER_WITHIN = 10.0  # seconds that the hub may take
 
 
@@ -42,16 +43,18 @@ def is_local(path: str) -> bool:
 def _recipes_root() -> Path:
     spec = find_spec("engine.recipes")
     if spec is None or not spec.submodule_search_locations:
-        raise CheckpointError("engine.recipes is not installed", hint="pip install recipe-engine")
+        raise _refused(EMBEDDED, "engine.recipes is not installed", "pip install recipe-engine")
     return Path(next(iter(spec.submodule_search_locations))).resolve()
 
 
 def _embedded(path: str) -> Path:
     name, root = path.removeprefix(EMBEDDED), _recipes_root()
     if not name or escapes(name) or not (root / name).resolve().is_relative_to(root):
-        raise _refused(path, f"{path} is not inside of the package's models", "")
+        raise _refused(path, f"{path} is not inside of the package's models", _EITHER)
     if not (root / name).is_dir():
-        shipped = [str(config.parent.relative_to(root)) for config in root.rglob("config.json")]
+        shipped = [
+            config.parent.relative_to(root).as_posix() for config in root.rglob("config.json")
+        ]
         hint = choices_hint(name, shipped, prefix=f"model.path={EMBEDDED}")
         raise _refused(path, f"no model named {name} is shipped", hint)
     return root / name
@@ -72,9 +75,9 @@ def _sibling_hint(folder: Path) -> str:
     try:
         siblings = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
     except OSError:
-        return f"{folder.parent} is not there either" if folder.parent != folder else ""
+        return f"{folder.parent} is not there either; {_EITHER}"
     close = nearest(folder.name, siblings)
-    return f"did you mean model.path={folder.parent / close}?" if close else ""
+    return f"did you mean model.path={folder.parent / close}?" if close else _EITHER
 
 
 def _refused(path: str, message: str, hint: str, code: str = "path") -> CheckpointError:
@@ -132,8 +135,7 @@ def _reason(repo: str, revision: str | None, error: Exception) -> tuple[str, str
     from huggingface_hub import errors
 
     if isinstance(error, errors.HFValidationError):
-        hint = "give a folder (model.path=./folder) or a model of the hub (model.path=org/name)"
-        return "path", f"{repo} is no folder here, nor can the hub have it: {error}", hint
+        return "path", f"{repo} is no folder here, nor can the hub have it: {error}", _EITHER
     if isinstance(error, errors.GatedRepoError) or _forbidden(error):
         hint = "accept its terms on its page, then `hf auth login`"
         return "gated", f"the hub does not let you read {repo}: gated, or not for your token", hint

@@ -344,8 +344,7 @@ def test_checksum_of_a_missing_file(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..\\secret"])
 def test_checksums_stay_in_the_folder(folder: Path, name: str) -> None:
     (folder / "SHA256SUMS").write_text(f"{'0' * 64}  {name}\n")
-    with pytest.raises(CheckpointError, match="outside of the folder"):
-        verify_checksums(folder)
+    assert "outside of the folder" in refusal(verify_checksums, folder)
 
 
 def test_checksums_in_another_format(folder: Path) -> None:
@@ -435,6 +434,16 @@ def test_missing_tied_embedding(tmp_path: Path) -> None:
     tiny_model("gpt2", tmp_path)
     rewrite(tmp_path, "transformer.wte.weight", lambda tensor: None)
     assert "transformer.wte.weight" in refusal(load, tmp_path)
+
+
+def test_masks_of_old_checkpoints_may_stay(tmp_path: Path) -> None:
+    tiny_model("gpt2", tmp_path)
+    content = load_file(tmp_path / "model.safetensors")
+    for name in ("attn.bias", "attn.attention.bias"):
+        content[f"transformer.h.0.{name}"] = torch.ones(1, 1, 8, 8)
+    content["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(content, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load(tmp_path)
 
 
 def test_config_with_one_layer_more(folder: Path) -> None:

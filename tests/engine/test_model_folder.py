@@ -14,7 +14,6 @@ import pytest
 
 from engine import model_folder
 from engine.checkpoint import fetch_weights, locate, read_config, tensors
-from engine.errors import CheckpointError
 from tests.models import tiny_model
 from tests.refusal import refusal
 
@@ -43,13 +42,12 @@ def test_what_looks_like_a_path_never_reaches_the_hub(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_folder, "fetch", lambda *_: pytest.fail("asked the hub"))
-    with pytest.raises(CheckpointError, match="is not there"):
-        locate(path, None, download=True)
+    assert "is not there" in refusal(locate, path, None, download=True)
 
 
 def test_a_file_is_not_a_folder(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a file: give its folder"):
-        locate(str(folder / "config.json"), None, download=False)
+    message = refusal(locate, str(folder / "config.json"), None, download=False)
+    assert "is a file: give its folder" in message
 
 
 @pytest.mark.parametrize("path", ["", "a b", "org--x/name", "name.git"])
@@ -84,8 +82,13 @@ def test_a_shipped_model_with_a_typo(shipped: Path) -> None:
     "name", ["", "../outside", "embedded/../../outside", "embedded/../embedded", "/etc", "link"]
 )
 def test_shipped_models_stay_in_the_package(shipped: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="not inside of the package"):
-        locate(f"recipes://{name}", None, download=False)
+    assert "not inside of the package" in refusal(locate, f"recipes://{name}", None, download=False)
+
+
+def test_shipped_models_of_a_broken_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_folder, "find_spec", lambda name: None)
+    message = refusal(locate, "recipes://tiny", None, download=False)
+    assert "engine.recipes is not installed" in message
 
 
 # --- the hub, played by a local server -----------------------------------------------------------
