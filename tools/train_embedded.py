@@ -1,0 +1,312 @@
+"""Train the embedded model: tokenizer, weights, figures and card, from data made on the spot.
+
+    python tools/train_embedded.py --minutes 60
+
+writes recipes/embedded/. The data are the sources of the standard library of the interpreter
+that runs this, and the generated catalogue of small functions (see catalogue.py). Interrupted,
+the same command continues from the last checkpoint in the work folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import random
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import catalogue
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+OUT = Path(__file__).resolve().parent.parent / "recipes" / "embedded"
+LENGTH = 512
+# Most of the training uses shorter rows: nearly every document fits, and attention costs less.
+SHORT, SHORT_UNTIL = 256, 0.75
+VOCABULARY = 2048
+PAD = "<|pad|>"
+# Words keep their leading space, every digit is a token: numbers are then copied digit by digit.
+PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{ 'Question: ' + message['content'] + '\n\n' }}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{ 'Answer:' + message['content'] + '<|end|>\n\n' }}"
+    "{%- else -%}"
+    "{{ message['content'] + '\n\n' }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ 'Answer:' }}{%- endif -%}"
+)
+LIBRARY_SHARE = 0.28
+# The catalogue's questions are drawn at random: there is little to learn in predicting them.
+PROMPT_WEIGHT = 0.2
+
+
+def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on equal shares of both parts of the data."""
+    library = [path.read_text("utf-8", "replace") for path in catalogue.library_files(False)]
+    rng = random.Random(f"tokenizer {seed}")
+    size, drawn = sum(map(len, library)), 0
+    texts = list(library)
+    while drawn < size:
+        texts.append(catalogue.training_sample(rng).text.replace(catalogue.END, ""))
+        drawn += len(texts[-1])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[catalogue.END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=catalogue.END,
+        pad_token=PAD,
+        padding_side="left",
+        model_max_length=LENGTH,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Build the untrained model."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=128,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model
+
+
+def encode_library(tokenizer: PreTrainedTokenizerFast, held_out: bool) -> list[int]:
+    """Encode the standard library's sources into one run of tokens."""
+    tokens: list[int] = []
+    for path in catalogue.library_files(held_out):
+        tokens += tokenizer.encode(path.read_text("utf-8", "replace"), verbose=False)
+        tokens.append(tokenizer.eos_token_id)
+    return tokens
+
+
+def encode_sample(
+    tokenizer: PreTrainedTokenizerFast, drawn: catalogue.Sample
+) -> tuple[list[int], list[float]]:
+    """Encode a document segment by segment, as inference does, with a weight per token."""
+    tokens: list[int] = []
+    weights: list[float] = []
+    for place, segment in enumerate(drawn.segments):
+        part = tokenizer.encode(segment, verbose=False)
+        tokens += part
+        weights += [PROMPT_WEIGHT if place % 2 == 0 else 1.0] * len(part)
+    return tokens, weights
+
+
+class Batches:
+    """Draw training batches: each depends on the seed and its step alone, so they resume."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> None:
+        """Encode the standard library once."""
+        self.tokenizer, self.seed, self.rows = tokenizer, seed, rows
+        self.library = encode_library(tokenizer, held_out=False)
+
+    def row(self, rng: random.Random, length: int) -> tuple[list[int], list[float]]:
+        """Draw one row: a window of the library, or catalogue documents from a start on."""
+        if rng.random() < LIBRARY_SHARE:
+            start = rng.randrange(len(self.library) - length)
+            return self.library[start : start + length], [1.0] * length
+        tokens: list[int] = []
+        weights: list[float] = []
+        while len(tokens) < length:
+            part, weight = encode_sample(self.tokenizer, catalogue.training_sample(rng))
+            tokens += part
+            weights += weight
+        return tokens[:length], weights[:length]
+
+    def draw(self, step: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the tokens and weights of one step: as many tokens whatever the length."""
+        rng = random.Random(f"{self.seed} {step}")
+        rows = [self.row(rng, length) for _ in range(self.rows * LENGTH // length)]
+        return torch.tensor([row[0] for row in rows]), torch.tensor([row[1] for row in rows])
+
+
+def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
+    """Build Muon for the matrices of the layers and AdamW for everything else."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def rate_at(progress: float, step: int) -> float:
+    """Return the factor of the learning rate: a short warm-up, then a cosine to 2 %."""
+    return min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the weights in bfloat16, the tokenizer and the checksums."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = {name: value.to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}
+    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy.load_state_dict(state)
+    copy.generation_config = model.generation_config
+    copy.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    sums = [f"{hashlib.sha256((out / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (out / "SHA256SUMS").write_text("".join(sums))
+
+
+def progress_line(text: str, last: bool = False) -> None:
+    """Show progress: over itself on a terminal, now and then elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r{text}\x1b[K", end="\n" if last else "", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def train(arguments: argparse.Namespace) -> dict[str, float]:
+    """Train to the end of the time or of the steps, with checkpoints, and write the model."""
+    torch.manual_seed(arguments.seed)
+    device = torch.device(arguments.device)
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "tokenizer.json").exists():
+        train_tokenizer(arguments.seed).save_pretrained(work)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work)
+    model = build_model(tokenizer).to(device)
+    tools = optimizers(model, arguments.rate)
+    batches = Batches(tokenizer, arguments.seed, arguments.rows)
+    step, before = 0, 0.0
+    checkpoint = work / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location=device)
+        model.load_state_dict(saved["model"])
+        for tool, state in zip(tools, saved["optimizers"], strict=True):
+            tool.load_state_dict(state)
+        step, before = saved["step"], saved["seconds"]
+
+    def store(seconds: float) -> None:
+        states = [tool.state_dict() for tool in tools]
+        parts = {"model": model.state_dict(), "optimizers": states}
+        torch.save({**parts, "step": step, "seconds": seconds}, work / "checkpoint.tmp")
+        (work / "checkpoint.tmp").replace(checkpoint)
+
+    started = stored = shown = time.monotonic()
+    low = torch.autocast(device.type, torch.bfloat16) if arguments.bf16 else nullcontext()
+    model.train()
+    while True:
+        now = time.monotonic()
+        seconds = before + now - started
+        progress = step / arguments.steps if arguments.steps else seconds / arguments.minutes / 60
+        if progress >= 1:
+            break
+        factor = rate_at(progress, step)
+        for tool in tools:
+            for group in tool.param_groups:
+                group["lr"] = arguments.rate * factor
+        length = SHORT if progress < SHORT_UNTIL else LENGTH
+        if device.type == "cpu":
+            model.set_attn_implementation("eager" if length == SHORT else "sdpa")
+        tokens, weights = (part.to(device) for part in batches.draw(step, length))
+        with low:
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        loss = functional.cross_entropy(
+            logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+        )
+        weights = weights[:, 1:].flatten()
+        loss = (loss * weights).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for tool in tools:
+            tool.step()
+            tool.zero_grad(set_to_none=True)
+        step += 1
+        if now - shown > (1 if sys.stderr.isatty() else 20):
+            shown = now
+            done = step * arguments.rows * LENGTH
+            progress_line(
+                f"step {step}, {progress:.1%}, loss {loss.item():.3f}, {done / 1e6:.2f} M tokens, "
+                f"{done / seconds:.0f} tokens/s"
+            )
+        if now - stored > arguments.every:
+            stored = now
+            store(seconds)
+    seconds = before + time.monotonic() - started
+    store(seconds)
+    progress_line(f"trained {step} steps in {seconds / 60:.1f} minutes", last=True)
+    save_model(model, tokenizer, arguments.out)
+    return {"steps": step, "tokens": step * arguments.rows * LENGTH, "seconds": seconds}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--minutes", type=float, default=60.0, help="time to train for")
+    parser.add_argument("--steps", type=int, default=0, help="steps to train for, not minutes")
+    parser.add_argument("--rows", type=int, default=64 if gpu else 8, help="rows per step")
+    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=float, default=120.0, help="seconds between checkpoints")
+    parser.add_argument("--no-bf16", dest="bf16", action="store_false", help="compute in float32")
+    parser.add_argument("--out", type=Path, default=OUT, help="where to write the model")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "recipe-embedded",
+        help="where to keep the tokenizer and the checkpoint; remove it to start afresh",
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    """Train the model and print what it took."""
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    print(train(arguments))
+
+
+if __name__ == "__main__":
+    main()
