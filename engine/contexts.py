@@ -1,6 +1,7 @@
-"""What hooks get and what they give: one typed, frozen dataclass each, so a new field breaks nobody.
+"""What hooks get and what they give: one typed, frozen dataclass each.
 
-In the order of a run, as in `hookspecs.py`. Names ending in `Context` go in; the others come out.
+Frozen and one per hook, so that a new field breaks no plugin. In the order of a run, as in
+`hookspecs.py`. Names ending in `Context` go in; the others come out.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class Attention:
     key and value `[batch, kv_heads, keys, head_dim]`, mask, **kwargs) → output
     `[batch, queries, heads, head_dim]`, and weights or None."""
     mask: Callable[..., Any] | None = None
-    """As `transformers.AttentionMaskInterface`, for instance `transformers.masking_utils.sdpa_mask`."""
+    """As `transformers.AttentionMaskInterface`: `transformers.masking_utils.sdpa_mask`, …"""
 
     def __post_init__(self) -> None:
         if (self.forward is None) != (self.mask is None):

@@ -237,7 +237,8 @@ def decode(context: DecodeContext) -> Decoder | None:
 
     Gets model, tokenizer and seed. Gives a decoder: called with a `Generation` (token ids and mask
     `[batch, tokens]`, a cache which may already hold their beginning, a limit), it yields a list
-    of `batch` token ids per step. Closing the iterator must stop it.
+    of `batch` token ids per step. Closing the iterator must stop it. The plugin has an option
+    `max_new_tokens: int`, and may have `stop: list[str]`, at which the task cuts the text.
 
         @hookimpl
         def decode(self, context):

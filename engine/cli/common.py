@@ -140,6 +140,6 @@ def print_receipts(receipts: Sequence[Receipt]) -> None:
 
 
 def _short(value: str | int | float | bool) -> str:
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, bool | str):
         return str(value).replace("[", "\\[")
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -110,8 +110,10 @@ def _print(rows: list[Row]) -> None:
     group = ""
     for row in rows:
         state = {True: "ok", False: "BROKEN", None: ""}[row.ok]
-        table.add_row(state, "" if row.group == group else row.group, row.name, row.kind,
-                      Path(row.origin).name if row.kind != "plugin" else row.origin, row.about)  # fmt: skip
+        origin = row.origin if row.kind == "plugin" else Path(row.origin).name
+        table.add_row(
+            state, "" if row.group == group else row.group, row.name, row.kind, origin, row.about
+        )
         group = row.group
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -35,8 +35,7 @@ class TextGeneration:
     @hookimpl
     def receipts(self, session: Session) -> Iterable[Receipt]:
         """Show that tokens went through the model."""
-        probe = session.probe
-        tokens = sum(probe.tokens) if probe else 0
+        tokens = sum(session.probe.tokens)
         yield Receipt(
             slot="task",
             claim="text goes through the model and comes back",

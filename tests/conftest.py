@@ -1,0 +1,71 @@
+"""What tests share: tiny models made once, and the command as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from engine import builder, recipe
+from engine.session import Session
+from tests.models import tiny_model
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Build = Callable[..., Session]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a tiny random model of a family, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str = "llama") -> Path:
+        if family not in made:
+            made[family] = tiny_model(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture
+def build(model: Callable[[str], Path]) -> Iterator[Build]:
+    """Return a function that builds the base recipe on a tiny model; sessions are closed after."""
+    sessions: list[Session] = []
+
+    def make(*overrides: str, family: str = "llama", name: str = "base") -> Session:
+        words = [f"model.path={model(family)}", "model.dtype=float32", *overrides]
+        session = builder.build(recipe.compose(name, words))
+        sessions.append(session)
+        return session
+
+    yield make
+    for session in sessions:
+        session.close()
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a function that runs the `engine` command in an empty folder."""
+    command = Path(sys.executable).with_name("engine")
+    empty = tmp_path_factory.mktemp("elsewhere")
+
+    def run(
+        *arguments: str, text: str = "", env: dict[str, str] | None = None, cwd: Path = empty
+    ) -> subprocess.CompletedProcess[str]:
+        words: Sequence[str] = [str(command), *arguments]
+        return subprocess.run(
+            words,
+            input=text,
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
+            timeout=300,
+            check=False,
+        )
+
+    return run

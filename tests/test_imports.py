@@ -1,0 +1,71 @@
+"""What answers without running must not pay for what runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {"torch", "transformers", "bitsandbytes", "optimum", "accelerate", "safetensors", "numpy"}
+
+
+def _modules(code: str) -> set[str]:
+    """Run code in a fresh interpreter and return what it imported."""
+    script = f"{code}\nimport sys, json; print('\\n' + json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _command(*arguments: str) -> str:
+    return (
+        "import sys\nfrom engine.cli import main\n"
+        f"sys.argv = ['engine', *{list(arguments)!r}]\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop.code"
+    )
+
+
+CALLS = {
+    "import": "import engine; engine.hookimpl",
+    "help": _command("--help"),
+    "list": _command("list"),
+    "show": _command("show", "base", "model.path=some/model"),
+    "check": _command("check", "tiny-4bit-gqa"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_nothing_heavy_is_imported(call: str) -> None:
+    assert not HEAVY & _modules(CALLS[call])
+
+
+@pytest.mark.parametrize("call", ["import", "help", "list"])
+def test_no_plugin_is_imported(call: str) -> None:
+    found = {name for name in _modules(CALLS[call]) if name.startswith("engine.plugins.")}
+    assert not found
+
+
+def test_check_imports_the_selected_plugins_only() -> None:
+    found = {
+        name for name in _modules(CALLS["check"]) if name.count(".") == 3 and "plugins" in name
+    }
+    assert found == {
+        "engine.plugins.load.transformers",
+        "engine.plugins.quantize.bitsandbytes",
+        "engine.plugins.heads.native",
+        "engine.plugins.position_encoding.native",
+        "engine.plugins.attention.sdpa",
+        "engine.plugins.cache.dynamic",
+        "engine.plugins.decode.generate",
+        "engine.plugins.task.text_generation",
+    }
+
+
+def test_nothing_is_written_by_composing(tmp_path: Path) -> None:
+    code = f"import os; os.chdir({str(tmp_path)!r}); import engine; engine.compose('tiny')"
+    _modules(code)
+    assert list(tmp_path.iterdir()) == []
