@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from engine.contexts import Receipt
 from engine.errors import PluginError, Problem
 from engine.hookspecs import OPTIONAL_SLOTS
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from engine.probe import Probe
     from engine.registry import Chosen
     from engine.session import Session
+
+DEPTH = 6
+"""How deep inside of a cache its tensors may lie."""
+
+Contradiction = tuple[str, Mapping[str, str | int]]
+"""What should have been seen, and what was seen."""
 
 
 def collect(session: Session) -> list[Receipt]:
@@ -20,9 +31,13 @@ def collect(session: Session) -> list[Receipt]:
         PluginError: when a choice has no receipt, one that does not hold, or one that contradicts
             what the core saw: a choice that does nothing is an error.
     """
-    receipts = session.hooks.receipts(session) + _witness(session)
+    probe = session.probe
+    if probe is None or not sum(probe.tokens):
+        problem = _problem(session.hooks.slot("task"), "did not send anything through the model")
+        raise PluginError(problem)
+    receipts = session.hooks.receipts(session) + list(_contradictions(session, probe))
     order = [one.slot for one in session.hooks.chosen]
-    receipts.sort(key=lambda receipt: order.index(receipt.slot) if receipt.slot in order else 99)
+    receipts.sort(key=lambda receipt: order.index(receipt.slot))
     problems = [_broken(session, receipt) for receipt in receipts if not receipt.ok]
     given = {receipt.slot for receipt in receipts}
     problems += [
@@ -35,48 +50,126 @@ def collect(session: Session) -> list[Receipt]:
     return receipts
 
 
-def _witness(session: Session) -> list[Receipt]:
-    """Say only what contradicts: claims of a plugin about itself are not all there is."""
-    probe = session.probe
-    found = []
+def _contradictions(session: Session, probe: Probe) -> Iterator[Receipt]:
+    """Yield receipts of the core's own, that do not hold: a plugin's word is not all there is."""
+    witnesses: Mapping[str, Callable[[Session, Probe], Iterable[Contradiction]]] = {
+        "position_encoding": _position_encoding,
+        "heads": _heads,
+        "quantize": _quantize,
+        "attention": _attention,
+        "cache": _cache,
+    }
+    for slot, witness in witnesses.items():
+        one = session.hooks.slot(slot)
+        for claim, evidence in witness(session, probe):
+            yield Receipt(slot=slot, claim=claim, evidence=evidence, ok=False, plugin=one.choice)
 
-    def deny(slot: str, claim: str, **evidence: str | int) -> None:
-        found.append(
-            Receipt(
-                slot=slot,
-                claim=claim,
-                evidence=evidence,
-                ok=False,
-                plugin=session.hooks.slot(slot).choice,
-            )
-        )
 
-    attention = session.built["attention"]
-    if attention.forward is not None and probe.attention_calls == 0:
-        deny("attention", "its forward computes attention", calls=0)
-    if probe.cache is not None and int(probe.cache.get_seq_length()) != sum(probe.tokens):
-        deny(
-            "cache",
-            "it holds the tokens that went through the model",
-            held=int(probe.cache.get_seq_length()),
-            sent=sum(probe.tokens),
-        )
+def _position_encoding(session: Session, probe: Probe) -> Iterator[Contradiction]:
+    asked = session.built["position_encoding"].config
+    names = ("rope_parameters", "max_position_embeddings", "alibi")
+    yield from _ignored(asked, session.model.config, names)
+    if _same(asked, session.source_config):
+        yield from _idle(session, "position_encoding")
+
+
+def _heads(session: Session, probe: Probe) -> Iterator[Contradiction]:
+    heads = session.built["heads"]
+    names = ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "multi_query")
+    yield from _ignored(heads.config, session.model.config, names)
+    if not heads.converters and _same(heads.config, session.built["position_encoding"].config):
+        yield from _idle(session, "heads")
+
+
+def _quantize(session: Session, probe: Probe) -> Iterator[Contradiction]:
     quantization = session.built["quantize"]
-    loaded_as = getattr(session.model, "quantization_method", None)
-    if quantization.config is not None and loaded_as is None:
-        deny("quantize", "the model is quantized", quantized_modules=0)
-    pooled = session.built["heads"].config
-    source = session.built["position_encoding"].config
-    if _kv_heads(pooled) != _kv_heads(source) and _kv_heads(session.model.config) != _kv_heads(
-        pooled
-    ):
-        deny("heads", "the model has the number of heads", model=_kv_heads(session.model.config))
-    return found
+    packed = sum(map(_is_packed, [*session.model.parameters(), *session.model.buffers()]))
+    if quantization.config is not None and not packed:
+        yield "its quantization config packs weights", {"packed tensors": 0}
+    elif quantization.config is None and quantization.finish is None and not packed:
+        yield from _idle(session, "quantize")
 
 
-def _kv_heads(config: object) -> int:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(text, "num_key_value_heads", 0) or 0)
+def _attention(session: Session, probe: Probe) -> Iterator[Contradiction]:
+    attention = session.built["attention"]
+    used = str(session.model.config._attn_implementation)
+    asked = attention.implementation
+    if attention.forward is not None and probe.attention_calls == 0:
+        yield "its forward computes attention", {"calls in the probe": 0, "used instead": used}
+    # Kernels from the hub replace the name that asked for them by their own, which has a slash.
+    elif asked is not None and asked != used and "/" not in used:
+        yield "the model uses the implementation", {"asked": asked, "used": used}
+    elif asked is None and attention.forward is None:
+        yield from _idle(session, "attention")
+
+
+def _cache(session: Session, probe: Probe) -> Iterator[Contradiction]:
+    cache, sent = probe.cache, sum(probe.tokens)
+    if cache is None:
+        yield from _idle(session, "cache", "cache.none")
+        return
+    held = int(cache.get_seq_length())
+    if held != sent:
+        yield "it knows the tokens that went through the model", {"known": held, "sent": sent}
+    kept = sum(tensor.numel() for tensor in _tensors(cache))
+    if kept <= sent:  # a counter or two, at most
+        yield "it keeps keys and values", {"numbers kept": kept, "tokens sent": sent}
+
+
+def _idle(session: Session, slot: str, trait: str = "") -> Iterator[Contradiction]:
+    """Contradict a choice that left everything as it was, unless it says that this is its point."""
+    one = session.hooks.slot(slot)
+    trait = trait or f"{slot}.unchanged"
+    works_later = session.hooks.answers(one, "prepare")
+    if trait not in getattr(one.plugin, "provides", ()) and not works_later:
+        yield (
+            "it changes something",
+            {f"what its hook {slot} gave": "as if it were not there", "trait it lacks": trait},
+        )
+
+
+def _ignored(
+    asked: PretrainedConfig, real: PretrainedConfig, names: Iterable[str]
+) -> Iterator[Contradiction]:
+    """Yield what the loaded model has otherwise than it was asked for."""
+    ours, theirs = asked.get_text_config(), real.get_text_config()
+    for name in names:
+        wanted, has = getattr(ours, name, None), getattr(theirs, name, None)
+        if wanted != has:
+            yield f"the model is built with its {name}", {"asked": str(wanted), "model": str(has)}
+
+
+def _same(one: PretrainedConfig, other: PretrainedConfig) -> bool:
+    return one is other or one.to_dict() == other.to_dict()
+
+
+def _is_packed(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor holds weights in another form than plain floating point numbers."""
+    import torch
+
+    if type(tensor.data) is not torch.Tensor:
+        return True
+    if tensor.is_floating_point():
+        return tensor.dtype.itemsize < 2
+    # Masks are boolean, positions are 64 bits wide.
+    return tensor.dim() > 1 and tensor.dtype.itemsize <= 4 and tensor.dtype != torch.bool
+
+
+def _tensors(value: Any, depth: int = DEPTH) -> Iterator[torch.Tensor]:
+    """Yield the tensors inside of a cache, however it keeps them."""
+    from torch import Tensor
+    from torch.nn import Module
+
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item, depth - 1)
+    elif depth and isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors(item, depth - 1)
+    elif depth and hasattr(value, "__dict__") and not isinstance(value, type | Module):
+        yield from _tensors(vars(value), depth - 1)
 
 
 def _broken(session: Session, receipt: Receipt) -> Problem:

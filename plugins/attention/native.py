@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
 from engine.contexts import Attention, AttentionContext, Receipt
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 @dataclass
 class NativeAttention:
     """Leave the model its own default implementation: SDPA where it has that, else eager."""
+
+    provides: ClassVar[tuple[str, ...]] = ("attention.unchanged",)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from engine import hookimpl
 from engine.contexts import Heads, HeadsContext, Receipt
@@ -21,6 +21,8 @@ OUTPUT = ("o_proj", "out_proj", "c_proj", "dense", "out")
 @dataclass
 class NativeHeads:
     """Leave the heads alone."""
+
+    provides: ClassVar[tuple[str, ...]] = ("heads.unchanged",)
 
     @hookimpl
     def heads(self, context: HeadsContext) -> Heads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from engine import hookimpl
 from engine.contexts import PositionContext, PositionEncoding, Receipt
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass
 class NativePositions:
     """Leave the position encoding alone."""
+
+    provides: ClassVar[tuple[str, ...]] = ("position_encoding.unchanged",)
 
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:

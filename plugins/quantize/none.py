@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
 from engine.contexts import EstimateContext, Quantization, QuantizeContext, Receipt, Term
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass
 class Unquantized:
     """Keep the weights in the number format of `model.dtype`."""
+
+    provides: ClassVar[tuple[str, ...]] = ("quantize.unchanged",)
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
