@@ -14,8 +14,8 @@ import random
 import re
 import sysconfig
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Family:
     write: Callable[[Choice, Pick], Function]
     valid: Callable[[Choice], bool] = lambda choice: True
     split: bool = True
-    always: tuple[str, ...] = field(default=())
+    always: tuple[str, ...] = ()
 
     def key(self, choice: Choice) -> str:
         """Return the stable key of a combination."""
@@ -95,6 +95,19 @@ class Family:
             choice = {slot: rng.choice(options) for slot, options in self.slots.items()}
             if self.valid(choice) and self.held_out(choice) == held_out:
                 return choice
+
+
+def some(key: str, code: str = "", says: str = "", change: str = "") -> Option:
+    """Make an option from texts whose alternatives are separated by bars."""
+    changes = tuple(change.split("|")) if change else ()
+    return Option(key, code, tuple(says.split("|")), changes)
+
+
+def each(
+    values: Iterable[object], key: str, code: str = "", says: str = "", change: str = ""
+) -> list[Option]:
+    """Make one option per value: % stands for the value in all texts."""
+    return [some(*(t.replace("%", str(v)) for t in (key, code, says, change))) for v in values]
 
 
 def canonical(options: Sequence[str]) -> str:
@@ -130,89 +143,64 @@ def join_name(*parts: str) -> str:
 # Tests of a number: @ is the number. `says` are adjectives; those of SIMPLE go before the noun.
 SIMPLE = ("even", "odd", "positive", "negative")
 BOUNDS = (*range(1, 21), 25, 30, 50, 100)
+TOTAL = "Return, with a loop, the sum of #"
+LOOP = "result = {}\nfor x in SOURCE:\n    if TEST:\n        {}\nreturn result"
 TESTS = (
-    *(Option("even", "@ % 2 == 0", ("even",)) for _ in range(6)),
-    *(Option("odd", "@ % 2 != 0", ("odd",)) for _ in range(6)),
-    *(Option("positive", "@ > 0", ("positive",)) for _ in range(5)),
-    *(Option("negative", "@ < 0", ("negative",)) for _ in range(5)),
-    *(Option(f"greater than {n}", f"@ > {n}", (f"greater than {n}", f"above {n}")) for n in BOUNDS),
-    *(Option(f"less than {n}", f"@ < {n}", (f"less than {n}", f"below {n}")) for n in BOUNDS),
-    *(Option(f"at least {n}", f"@ >= {n}", (f"at least {n}",)) for n in BOUNDS),
-    *(Option(f"at most {n}", f"@ <= {n}", (f"at most {n}",)) for n in BOUNDS),
-    *(Option(f"divisible by {n}", f"@ % {n} == 0", (f"divisible by {n}",)) for n in range(3, 13)),
+    *[some("even", "@ % 2 == 0", "even")] * 6,
+    *[some("odd", "@ % 2 != 0", "odd")] * 6,
+    *[some("positive", "@ > 0", "positive")] * 5,
+    *[some("negative", "@ < 0", "negative")] * 5,
+    *each(BOUNDS, "greater than %", "@ > %", "greater than %|above %"),
+    *each(BOUNDS, "less than %", "@ < %", "less than %|below %"),
+    *each(BOUNDS, "at least %", "@ >= %", "at least %"),
+    *each(BOUNDS, "at most %", "@ <= %", "at most %"),
+    *(some(f"divisible by {n}", f"@ % {n} == 0", f"divisible by {n}") for n in range(3, 13)),
     *(
-        Option(f"not divisible by {n}", f"@ % {n} != 0", (f"not divisible by {n}",))
+        some(f"not divisible by {n}", f"@ % {n} != 0", f"not divisible by {n}")
         for n in range(3, 13)
     ),
-    *(Option(f"not {n}", f"@ != {n}", (f"different from {n}", f"not {n}")) for n in BOUNDS),
+    *each(BOUNDS, "not %", "@ != %", "different from %|not %"),
     *(
-        Option(f"between {a} and {b}", f"{a} <= @ <= {b}", (f"between {a} and {b}",))
+        some(f"between {a} and {b}", f"{a} <= @ <= {b}", f"between {a} and {b}")
         for a in range(1, 10, 2)
         for b in (10, 12, 15, 20, 30, 50)
     ),
 )
 MAPS = (
-    *(Option("", "@", ("#",), ("use the numbers themselves",)) for _ in range(4)),
-    Option("squares", "@**2", ("the squares of #",), ("square the numbers first",)),
-    Option("cubes", "@**3", ("the cubes of #",), ("cube the numbers first",)),
-    Option("doubles", "@ * 2", ("the doubles of #", "twice #"), ("double the numbers first",)),
-    Option("halves", "@ / 2", ("the halves of #",), ("halve the numbers first",)),
-    Option("absolutes", "abs(@)", ("the absolute values of #",), ("use the absolute values",)),
-    Option("negatives", "-@", ("the negatives of #",), ("negate the numbers first",)),
-    *(
-        Option(f"plus {n}", f"@ + {n}", (f"#, each increased by {n}",), (f"add {n} to each one",))
-        for n in range(1, 11)
-    ),
-    *(
-        Option(
-            f"minus {n}", f"@ - {n}", (f"#, each decreased by {n}",), (f"subtract {n} from each",)
-        )
-        for n in range(1, 11)
-    ),
-    *(
-        Option(
-            f"times {n}", f"@ * {n}", (f"#, each multiplied by {n}",), (f"multiply each by {n}",)
-        )
-        for n in range(3, 11)
-    ),
+    *[some("", "@", "#", "use the numbers themselves")] * 4,
+    some("squares", "@**2", "the squares of #", "square the numbers first"),
+    some("cubes", "@**3", "the cubes of #", "cube the numbers first"),
+    some("doubles", "@ * 2", "the doubles of #|twice #", "double the numbers first"),
+    some("halves", "@ / 2", "the halves of #", "halve the numbers first"),
+    some("absolutes", "abs(@)", "the absolute values of #", "use the absolute values"),
+    some("negatives", "-@", "the negatives of #", "negate the numbers first"),
+    *each(range(1, 11), "plus %", "@ + %", "#, each increased by %", "add % to each one"),
+    *each(range(1, 11), "minus %", "@ - %", "#, each decreased by %", "subtract % from each"),
+    *each(range(3, 11), "times %", "@ * %", "#, each multiplied by %", "multiply each by %"),
 )
 # How to bring the kept numbers together: ~ is `M for x in SOURCE if TEST`.
 REDUCERS = (
-    Option("sum", "return sum(~)", ("Return the sum of #", "Compute the sum of #")),
-    Option("list", "return [~]", ("Return a list of #", "Return #")),
-    Option("max", "return max(~)", ("Return the maximum of #", "Return the largest of #")),
-    Option("min", "return min(~)", ("Return the minimum of #", "Return the smallest of #")),
-    Option("mean", "kept = [~]\nreturn sum(kept) / len(kept)", ("Return the mean of #",)),
-    Option("sorted", "return sorted(~)", ("Return a sorted list of #",)),
-    Option("set", "return {~}", ("Return a set of #",)),
-    Option("first", "return next((~), None)", ("Return the first of #",)),
-    Option("count", "return sum(1 for x in SOURCE if TEST)", ("Count #", "Return the count of #")),
-    Option("any", "return any(TEST for x in SOURCE)", ("Check whether any number ^",)),
-    Option("all", "return all(TEST for x in SOURCE)", ("Check whether every number ^",)),
-    Option(
-        "product",
-        "result = 1\nfor x in SOURCE:\n    if TEST:\n        result *= MAP\nreturn result",
-        ("Return the product of #",),
-    ),
-    Option(
-        "total",
-        "total = 0\nfor x in SOURCE:\n    if TEST:\n        total += MAP\nreturn total",
-        ("Return, with a loop, the sum of #",),
-    ),
-    Option(
-        "collect",
-        "result = []\nfor x in SOURCE:\n    if TEST:\n        result.append(MAP)\nreturn result",
-        ("Return, with a loop, a list of #",),
-    ),
+    some("sum", "return sum(~)", "Return the sum of #|Compute the sum of #"),
+    some("list", "return [~]", "Return a list of #|Return #"),
+    some("max", "return max(~)", "Return the maximum of #|Return the largest of #"),
+    some("min", "return min(~)", "Return the minimum of #|Return the smallest of #"),
+    some("mean", "kept = [~]\nreturn sum(kept) / len(kept)", "Return the mean of #"),
+    some("sorted", "return sorted(~)", "Return a sorted list of #"),
+    some("set", "return {~}", "Return a set of #"),
+    some("first", "return next((~), None)", "Return the first of #"),
+    some("count", "return sum(1 for x in SOURCE if TEST)", "Count #|Return the count of #"),
+    some("any", "return any(TEST for x in SOURCE)", "Check whether any number ^"),
+    some("all", "return all(TEST for x in SOURCE)", "Check whether every number ^"),
+    some("product", LOOP.format("1", "result *= MAP"), "Return the product of #"),
+    some("total", LOOP.format("0", "result += MAP").replace("result", "total"), TOTAL),
+    some("collect", LOOP.format("[]", "result.append(MAP)"), "Return, with a loop, a list of #"),
 )
 SOURCES = (
-    *(Option("list", "$0", ("in $0",), ("work on a list",)) for _ in range(2)),
-    Option("range", "range(1, $0 + 1)", ("from 1 to $0",), ("work on the numbers from 1 to n",)),
-    Option(
-        "dict", "$0.values()", ("in the values of $0",), ("work on the values of a dictionary",)
-    ),
+    *[some("list", "$0", "in $0", "work on a list")] * 2,
+    some("range", "range(1, $0 + 1)", "from 1 to $0", "work on the numbers from 1 to n"),
+    some("dict", "$0.values()", "in the values of $0", "work on the values of a dictionary"),
 )
-NUMBER_LISTS = (
+NUMBER_LISTS: tuple[list[int], ...] = (
     list(range(-12, 61)),
     [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 100, 101, 99, -7],
     [25, 24, 26, 50, 49, 51, 10, 11, 12, 13, 20, 30, 31],
@@ -269,49 +257,43 @@ def valid_numbers(choice: Choice) -> bool:
 # Tests of a word: @ is the word.
 LETTERS = "abcdefghilmnoprstuw"
 WORD_TESTS = (
-    *(Option(f"start {c}", f'@.startswith("{c}")', (f"starting with '{c}'",)) for c in LETTERS),
-    *(Option(f"end {c}", f'@.endswith("{c}")', (f"ending with '{c}'",)) for c in LETTERS),
-    *(Option(f"with {c}", f'"{c}" in @', (f"containing '{c}'",)) for c in LETTERS),
-    *(Option(f"without {c}", f'"{c}" not in @', (f"not containing '{c}'",)) for c in LETTERS),
-    *(Option(f"longer {n}", f"len(@) > {n}", (f"longer than {n} letters",)) for n in range(1, 10)),
-    *(
-        Option(f"shorter {n}", f"len(@) < {n}", (f"shorter than {n} letters",))
-        for n in range(2, 11)
-    ),
-    *(
-        Option(f"length {n}", f"len(@) == {n}", (f"of exactly {n} letters", f"of length {n}"))
-        for n in range(2, 10)
-    ),
-    Option("upper case", "@.isupper()", ("in upper case",)),
-    Option("lower case", "@.islower()", ("in lower case",)),
-    Option("digits", "@.isdigit()", ("made of digits",)),
+    *each(LETTERS, "start %", '@.startswith("%")', "starting with '%'"),
+    *each(LETTERS, "end %", '@.endswith("%")', "ending with '%'"),
+    *each(LETTERS, "with %", '"%" in @', "containing '%'"),
+    *each(LETTERS, "without %", '"%" not in @', "not containing '%'"),
+    *each(range(1, 10), "longer %", "len(@) > %", "longer than % letters"),
+    *each(range(2, 11), "shorter %", "len(@) < %", "shorter than % letters"),
+    *each(range(2, 10), "length %", "len(@) == %", "of exactly % letters|of length %"),
+    some("upper case", "@.isupper()", "in upper case"),
+    some("lower case", "@.islower()", "in lower case"),
+    some("digits", "@.isdigit()", "made of digits"),
 )
 WORD_MAPS = (
-    *(Option("", "@", ("#",), ("return the words themselves",)) for _ in range(3)),
-    Option("upper", "@.upper()", ("#, in upper case",), ("use upper case",)),
-    Option("lower", "@.lower()", ("#, in lower case",), ("use lower case",)),
-    Option("capitalized", "@.capitalize()", ("#, capitalized",), ("capitalize the words",)),
-    Option("reversed", "@[::-1]", ("#, each reversed",), ("reverse each word",)),
-    Option("lengths", "len(@)", ("the lengths of #",), ("use the lengths of the words",)),
-    Option("initials", "@[0]", ("the first letters of #",), ("use the first letters",)),
-    Option("last letters", "@[-1]", ("the last letters of #",), ("use the last letters",)),
+    *[some("", "@", "#", "return the words themselves")] * 3,
+    some("upper", "@.upper()", "#, in upper case", "use upper case"),
+    some("lower", "@.lower()", "#, in lower case", "use lower case"),
+    some("capitalized", "@.capitalize()", "#, capitalized", "capitalize the words"),
+    some("reversed", "@[::-1]", "#, each reversed", "reverse each word"),
+    some("lengths", "len(@)", "the lengths of #", "use the lengths of the words"),
+    some("initials", "@[0]", "the first letters of #", "use the first letters"),
+    some("last letters", "@[-1]", "the last letters of #", "use the last letters"),
 )
 SEPARATORS = ((" ", "spaces"), (", ", "commas"), ("-", "dashes"), ("_", "underscores"))
 WORD_REDUCERS = (
-    Option("list", "return [~]", ("Return a list of #", "Return #")),
-    Option("sorted", "return sorted(~)", ("Return a sorted list of #",)),
-    Option("set", "return {~}", ("Return a set of #",)),
-    Option("first", "return next((~), None)", ("Return the first of #",)),
-    Option("count", "return sum(1 for w in SOURCE if TEST)", ("Count #", "Return the count of #")),
-    Option("longest", "return max((~), key=len)", ("Return the longest of #",)),
+    some("list", "return [~]", "Return a list of #|Return #"),
+    some("sorted", "return sorted(~)", "Return a sorted list of #"),
+    some("set", "return {~}", "Return a set of #"),
+    some("first", "return next((~), None)", "Return the first of #"),
+    some("count", "return sum(1 for w in SOURCE if TEST)", "Count #|Return the count of #"),
+    some("longest", "return max((~), key=len)", "Return the longest of #"),
     *(
-        Option(f"join {said}", f'return "{sep}".join(~)', (f"Return, joined with {said}, #",))
+        some(f"join {said}", f'return "{sep}".join(~)', f"Return, joined with {said}, #")
         for sep, said in SEPARATORS
     ),
 )
 WORD_SOURCES = (
-    Option("list", "$0", ("in $0",), ("work on a list of words",)),
-    Option("text", "$0.split()", ("in $0", "of $0"), ("work on a text",)),
+    some("list", "$0", "in $0", "work on a list of words"),
+    some("text", "$0.split()", "in $0|of $0", "work on a text"),
 )
 WORDS = (
     "The cat sat on a mat and the dog barked at an enormous elephant 42 NASA 2024 go Europe",
@@ -350,53 +332,35 @@ def valid_words(choice: Choice) -> bool:
     return change != "lengths" or not (reduce == "longest" or reduce.startswith("join"))
 
 
-# Units: (name in code, ways to say it, factor to the base unit or power of 1024).
-UNITS: dict[str, tuple[tuple[str, tuple[str, ...], str], ...]] = {
+# Units: how many base units each is; of data, the power of 1024.
+FACTORS = {
+    "length": "meters millimeters:0.001 centimeters:0.01 kilometers:1000 inches:0.0254 "
+    "feet:0.3048 yards:0.9144 miles:1609.344",
+    "time": "seconds minutes:60 hours:3600 days:86400 weeks:604800",
+    "mass": "grams milligrams:0.001 kilograms:1000 ounces:28.3495 pounds:453.592 tonnes:1000000",
+    "volume": "liters milliliters:0.001 cups:0.2366 pints:0.4732 gallons:3.7854",
+}
+UNITS = {
     "data": (
-        ("bytes", ("bytes",), "0"),
-        ("kilobytes", ("kilobytes", "Kilo bytes", "KB"), "1"),
-        ("megabytes", ("megabytes", "Mega bytes", "MB"), "2"),
-        ("gigabytes", ("gigabytes", "Giga bytes", "GB"), "3"),
-        ("terabytes", ("terabytes", "Tera bytes", "TB"), "4"),
-        ("petabytes", ("petabytes", "Peta bytes", "PB"), "5"),
-    ),
-    "length": (
-        ("meters", ("meters",), ""),
-        ("millimeters", ("millimeters",), "0.001"),
-        ("centimeters", ("centimeters",), "0.01"),
-        ("kilometers", ("kilometers",), "1000"),
-        ("inches", ("inches",), "0.0254"),
-        ("feet", ("feet",), "0.3048"),
-        ("yards", ("yards",), "0.9144"),
-        ("miles", ("miles",), "1609.344"),
-    ),
-    "time": (
-        ("seconds", ("seconds",), ""),
-        ("minutes", ("minutes",), "60"),
-        ("hours", ("hours",), "3600"),
-        ("days", ("days",), "86400"),
-        ("weeks", ("weeks",), "604800"),
-    ),
-    "mass": (
-        ("grams", ("grams",), ""),
-        ("milligrams", ("milligrams",), "0.001"),
-        ("kilograms", ("kilograms",), "1000"),
-        ("ounces", ("ounces",), "28.3495"),
-        ("pounds", ("pounds",), "453.592"),
-        ("tonnes", ("tonnes",), "1000000"),
-    ),
-    "volume": (
-        ("liters", ("liters",), ""),
-        ("milliliters", ("milliliters",), "0.001"),
-        ("cups", ("cups",), "0.2366"),
-        ("pints", ("pints",), "0.4732"),
-        ("gallons", ("gallons",), "3.7854"),
+        some("bytes", "0", "bytes"),
+        some("kilobytes", "1", "kilobytes|Kilo bytes|KB"),
+        some("megabytes", "2", "megabytes|Mega bytes|MB"),
+        some("gigabytes", "3", "gigabytes|Giga bytes|GB"),
+        some("terabytes", "4", "terabytes|Tera bytes|TB"),
+        some("petabytes", "5", "petabytes|Peta bytes|PB"),
     ),
     "temperature": (
-        ("celsius", ("Celsius", "degrees Celsius"), ""),
-        ("fahrenheit", ("Fahrenheit", "degrees Fahrenheit"), ""),
-        ("kelvin", ("Kelvin",), ""),
+        some("celsius", "", "Celsius|degrees Celsius"),
+        some("fahrenheit", "", "Fahrenheit|degrees Fahrenheit"),
+        some("kelvin", "", "Kelvin"),
     ),
+    **{
+        kind: tuple(
+            some(unit, factor, unit)
+            for unit, _, factor in (unit.partition(":") for unit in units.split())
+        )
+        for kind, units in FACTORS.items()
+    },
 }
 TEMPERATURES = {
     "celsius fahrenheit": "@ * 9 / 5 + 32",
@@ -406,25 +370,19 @@ TEMPERATURES = {
     "kelvin celsius": "@ - 273.15",
     "kelvin fahrenheit": "(@ - 273.15) * 9 / 5 + 32",
 }
+ROUNDED = ", rounded to % digits|, rounded to % decimal places"
+ROUND = "round the result to % digits|round the result to % decimal places"
 DIGITS = (
-    Option("", "@", ("",), ("return the exact result", "not round the result")),
-    *(
-        Option(
-            f"round {n}",
-            f"round(@, {n})",
-            (f", rounded to {n} digits", f", rounded to {n} decimal places"),
-            (f"round the result to {n} digits", f"round the result to {n} decimal places"),
-        )
-        for n in range(2, 8)
-    ),
+    some("", "@", "", "return the exact result|not round the result"),
+    *each(range(2, 8), "round %", "round(@, %)", ROUNDED, ROUND),
 )
 SHAPES = (
-    Option("", "return @", change=("convert one value",)),
-    Option("list", "return [@ for x in $0]", ("a list of ",), ("work on a list",)),
+    some("", "return @", "", "convert one value"),
+    some("list", "return [@ for x in $0]", "a list of ", "work on a list"),
 )
 BASES = (
-    Option("1024", "1024", ("",), ("use 1024 instead of 1000",)),
-    Option("1000", "1000", (" with 1000 bytes per kilobyte",), ("use 1000 instead of 1024",)),
+    some("1024", "1024", "", "use 1024 instead of 1000"),
+    some("1000", "1000", " with 1000 bytes per kilobyte", "use 1000 instead of 1024"),
 )
 
 
@@ -455,7 +413,7 @@ def write_units(choice: Choice, pick: Pick) -> Function:
 
 def unit_family(name: str, weight: float) -> Family:
     """Build the conversions within one table of units."""
-    options = tuple(Option(unit, factor, says) for unit, says, factor in UNITS[name])
+    options = UNITS[name]
     slots = {"from": options, "to": options, "digits": DIGITS, "shape": SHAPES}
     if name == "data":
         slots["base"] = BASES
@@ -507,14 +465,11 @@ FORMULAS = (
     ("square_root", "number", "math.sqrt(number)", "the square root of a number"),
     ("power", "base exponent", "base**exponent", "the power of a base to an exponent"),
 )
+GUARD = 'if TESTS:\n    raise ValueError("negative argument")\n'
+RAISES = ", or raise a ValueError for a negative argument"
 GUARDS = (
-    Option("", "", ("",), ("accept negative arguments",)),
-    Option(
-        "checked",
-        'if TESTS:\n    raise ValueError("negative argument")\n',
-        (", or raise a ValueError for a negative argument",),
-        ("raise a ValueError for negative arguments",),
-    ),
+    some("", "", "", "accept negative arguments"),
+    some("checked", GUARD, RAISES, "raise a ValueError for negative arguments"),
 )
 
 
@@ -544,21 +499,18 @@ def write_formula(choice: Choice, pick: Pick) -> Function:
 
 # Steps of a calculation: @ is what came before; the digit is how tightly the code binds.
 STEPS = (
-    *(Option(f"plus {n}", f"1@ + {n}", (f"increased by {n}", f"plus {n}")) for n in range(1, 21)),
-    *(Option(f"minus {n}", f"1@ - {n}", (f"decreased by {n}", f"minus {n}")) for n in range(1, 21)),
-    *(
-        Option(f"times {n}", f"2@ * {n}", (f"multiplied by {n}", f"times {n}"))
-        for n in range(2, 21)
-    ),
-    *(Option(f"over {n}", f"2@ / {n}", (f"divided by {n}",)) for n in range(2, 21)),
-    *(Option(f"modulo {n}", f"2@ % {n}", (f"modulo {n}",)) for n in range(2, 13)),
-    *(Option("squared", "3@**2", ("squared",)) for _ in range(4)),
-    *(Option("cubed", "3@**3", ("cubed",)) for _ in range(4)),
-    *(Option("absolute", "4abs(@)", ("made positive",)) for _ in range(4)),
+    *each(range(1, 21), "plus %", "1@ + %", "increased by %|plus %"),
+    *each(range(1, 21), "minus %", "1@ - %", "decreased by %|minus %"),
+    *each(range(2, 21), "times %", "2@ * %", "multiplied by %|times %"),
+    *each(range(2, 21), "over %", "2@ / %", "divided by %"),
+    *(some(f"modulo {n}", f"2@ % {n}", f"modulo {n}") for n in range(2, 13)),
+    *[some("squared", "3@**2", "squared")] * 4,
+    *[some("cubed", "3@**3", "cubed")] * 4,
+    *[some("absolute", "4abs(@)", "made positive")] * 4,
 )
 EACH = (
-    Option("", "return @", change=("work on one number",)),
-    Option("list", "return [@ for x in $0]", change=("work on a list",)),
+    some("", "return @", "", "work on one number"),
+    some("list", "return [@ for x in $0]", "", "work on a list"),
 )
 
 
@@ -572,7 +524,8 @@ def write_steps(choice: Choice, pick: Pick) -> Function:
     said = f"{pick(first.says)} and then {pick(second.says)}"
     if each.key:
         params = {pick(("numbers", "numbers", "values")): pick(("a list", "a list of numbers"))}
-        doc, inputs = f"Return each number of $0 {said}", [(list(range(-9, 30)),), ([],)]
+        doc = f"Return each number of $0 {said}"
+        inputs: list[tuple[Any, ...]] = [(list(range(-9, 30)),), ([],)]
     else:
         params = {pick(("number", "number", "n", "value")): "a number"}
         doc, inputs = f"Return $0 {said}", [(n,) for n in (-7, -1, 0, 1, 2, 5, 12, 2.5)]
@@ -581,10 +534,10 @@ def write_steps(choice: Choice, pick: Pick) -> Function:
 
 
 LINKS = (
-    Option("and", "A and B", ("A and B",), ("require both conditions",)),
-    Option("or", "A or B", ("A or B",), ("accept either condition",)),
-    Option("only", "A", ("A",), ("check only the first condition",)),
-    Option("and not", "A and not B", ("A but not B",), ("refuse the second condition",)),
+    some("and", "A and B", "A and B", "require both conditions"),
+    some("or", "A or B", "A or B", "accept either condition"),
+    some("only", "A", "A", "check only the first condition"),
+    some("and not", "A and not B", "A but not B", "refuse the second condition"),
 )
 
 
@@ -604,42 +557,8 @@ def write_check(choice: Choice, pick: Pick) -> Function:
 
 
 LABELS = (
-    *[
-        "yes",
-        "no",
-        "small",
-        "big",
-        "low",
-        "high",
-        "cold",
-        "hot",
-        "fail",
-        "pass",
-        "open",
-        "closed",
-        "red",
-        "blue",
-        "green",
-        "minor",
-        "adult",
-    ],
-    *[
-        "true",
-        "false",
-        "cheap",
-        "expensive",
-        "left",
-        "right",
-        "near",
-        "far",
-        "empty",
-        "full",
-        "old",
-        "new",
-        "day",
-        "night",
-        "ok",
-    ],
+    "yes no small big low high cold hot fail pass open closed red blue green minor adult true "
+    "false cheap expensive left right near far empty full old new day night ok"
 )
 
 
@@ -660,38 +579,28 @@ def write_branch(choice: Choice, pick: Pick) -> Function:
     return finish(names, params, doc, body.replace("@", "$0"), inputs, pick)
 
 
+DESCENDING = "sort in descending order first"
 ORDERS = (
-    Option("", "$0", ("$0",), ("keep the order",)),
-    Option("sorted", "sorted($0)", ("$0 in sorted order",), ("sort the list first",)),
-    Option(
-        "descending",
-        "sorted($0, reverse=True)",
-        ("$0 in descending order",),
-        ("sort in descending order first",),
-    ),
-    Option("reversed", "$0[::-1]", ("$0 in reverse order",), ("reverse the list first",)),
-    Option("unique", "list(dict.fromkeys($0))", ("$0 without duplicates",), ("drop duplicates",)),
+    some("", "$0", "$0", "keep the order"),
+    some("sorted", "sorted($0)", "$0 in sorted order", "sort the list first"),
+    some("descending", "sorted($0, reverse=True)", "$0 in descending order", DESCENDING),
+    some("reversed", "$0[::-1]", "$0 in reverse order", "reverse the list first"),
+    some("unique", "list(dict.fromkeys($0))", "$0 without duplicates", "drop duplicates"),
 )
 CUTS = (
-    *(Option(f"first {n}", f"@[:{n}]", (f"the first {n} elements of #",)) for n in range(2, 13)),
-    *(Option(f"last {n}", f"@[-{n}:]", (f"the last {n} elements of #",)) for n in range(2, 13)),
-    *(
-        Option(f"skip {n}", f"@[{n}:]", (f"all but the first {n} elements of #",))
-        for n in range(2, 9)
-    ),
-    *(
-        Option(f"drop {n}", f"@[:-{n}]", (f"all but the last {n} elements of #",))
-        for n in range(2, 9)
-    ),
-    *(Option(f"every {n}", f"@[::{n}]", (f"one of every {n} elements of #",)) for n in range(2, 9)),
-    *(Option(f"at {n}", f"@[{n}]", (f"the element at index {n} of #",)) for n in range(10)),
+    *each(range(2, 13), "first %", "@[:%]", "the first % elements of #"),
+    *each(range(2, 13), "last %", "@[-%:]", "the last % elements of #"),
+    *each(range(2, 9), "skip %", "@[%:]", "all but the first % elements of #"),
+    *each(range(2, 9), "drop %", "@[:-%]", "all but the last % elements of #"),
+    *each(range(2, 9), "every %", "@[::%]", "one of every % elements of #"),
+    *each(range(10), "at %", "@[%]", "the element at index % of #"),
 )
 ENDS = (
-    Option("", "return @", ("Return #",), ("return the elements themselves",)),
-    Option("sum", "return sum(@)", ("Return the sum of #",), ("return the sum",)),
-    Option("max", "return max(@)", ("Return the maximum of #",), ("return the maximum",)),
-    Option("min", "return min(@)", ("Return the minimum of #",), ("return the minimum",)),
-    Option("length", "return len(@)", ("Return the number of #",), ("return the number of them",)),
+    some("", "return @", "Return #", "return the elements themselves"),
+    some("sum", "return sum(@)", "Return the sum of #", "return the sum"),
+    some("max", "return max(@)", "Return the maximum of #", "return the maximum"),
+    some("min", "return min(@)", "Return the minimum of #", "return the minimum"),
+    some("length", "return len(@)", "Return the number of #", "return the number of them"),
 )
 
 
@@ -707,37 +616,29 @@ def write_slice(choice: Choice, pick: Pick) -> Function:
 
 
 # Steps on a text: @ is what came before.
+WIDTHS = (8, 10, 12, 16, 20)
 TEXT_STEPS = (
-    *(Option("upper", "@.upper()", ("in upper case",)) for _ in range(3)),
-    *(Option("lower", "@.lower()", ("in lower case",)) for _ in range(3)),
-    *(Option("capitalized", "@.capitalize()", ("capitalized",)) for _ in range(3)),
-    *(Option("swapped", "@.swapcase()", ("with swapped case",)) for _ in range(2)),
-    *(Option("reversed", "@[::-1]", ("reversed",)) for _ in range(3)),
-    *(Option("stripped", "@.strip()", ("stripped of surrounding whitespace",)) for _ in range(3)),
+    *[some("upper", "@.upper()", "in upper case")] * 3,
+    *[some("lower", "@.lower()", "in lower case")] * 3,
+    *[some("capitalized", "@.capitalize()", "capitalized")] * 3,
+    *[some("swapped", "@.swapcase()", "with swapped case")] * 2,
+    *[some("reversed", "@[::-1]", "reversed")] * 3,
+    *[some("stripped", "@.strip()", "stripped of surrounding whitespace")] * 3,
+    *each(range(2, 13), "first %", "@[:%]", "cut to the first % characters"),
+    *each(range(2, 13), "last %", "@[-%:]", "cut to the last % characters"),
+    *each(LETTERS, "no %", '@.replace("%", "")', "without the letter '%'"),
     *(
-        Option(f"first {n}", f"@[:{n}]", (f"cut to the first {n} characters",))
-        for n in range(2, 13)
-    ),
-    *(Option(f"last {n}", f"@[-{n}:]", (f"cut to the last {n} characters",)) for n in range(2, 13)),
-    *(Option(f"no {c}", f'@.replace("{c}", "")', (f"without the letter '{c}'",)) for c in LETTERS),
-    *(
-        Option(f"{c} to {d}", f'@.replace("{c}", "{d}")', (f"with '{c}' replaced by '{d}'",))
+        some(f"{c} to {d}", f'@.replace("{c}", "{d}")', f"with '{c}' replaced by '{d}'")
         for c in "aeiost"
         for d in "xyzuo"
         if c != d
     ),
     *(
-        Option(f"spaces to {n}", f'@.replace(" ", "{d}")', (f"with spaces replaced by {n}",))
+        some(f"spaces to {n}", f'@.replace(" ", "{d}")', f"with spaces replaced by {n}")
         for d, n in (("_", "underscores"), ("-", "dashes"), (".", "dots"), ("", "nothing"))
     ),
-    *(
-        Option(f"padded {n}", f"@.rjust({n})", (f"padded on the left to {n} characters",))
-        for n in (8, 10, 12, 16, 20)
-    ),
-    *(
-        Option(f"filled {n}", f"@.ljust({n})", (f"padded on the right to {n} characters",))
-        for n in (8, 10, 12, 16, 20)
-    ),
+    *each(WIDTHS, "padded %", "@.rjust(%)", "padded on the left to % characters"),
+    *each(WIDTHS, "filled %", "@.ljust(%)", "padded on the right to % characters"),
 )
 TEXTS = ("  Hello World, this is a Test  ", "banana", "Mississippi river steamboats", "AbC xyz", "")
 
@@ -754,62 +655,33 @@ def write_text(choice: Choice, pick: Pick) -> Function:
     return finish(names, params, doc, f"return {code}", [(text,) for text in TEXTS], pick)
 
 
-COUNTS = (
-    *(Option("two", change=("do only the first step",)) for _ in range(3)),
-    Option("one", change=("do only the first step",)),
-)
+FIRST_ONLY = "do only the first step"
+COUNTS = (*[some("two", change=FIRST_ONLY)] * 3, some("one", change=FIRST_ONLY))
 KINDS = (
-    Option("vowels", '@.lower() in "aeiou"', ("vowels",)),
-    Option("digits", "@.isdigit()", ("digits",)),
-    Option("letters", "@.isalpha()", ("letters",)),
-    Option("capitals", "@.isupper()", ("upper case letters", "capital letters")),
-    Option("small letters", "@.islower()", ("lower case letters",)),
-    Option("spaces", '@ == " "', ("spaces",)),
-    *(Option(f"letters {c}", f'@ == "{c}"', (f"letters '{c}'",)) for c in LETTERS),
+    some("vowels", '@.lower() in "aeiou"', "vowels"),
+    some("digits", "@.isdigit()", "digits"),
+    some("letters", "@.isalpha()", "letters"),
+    some("capitals", "@.isupper()", "upper case letters|capital letters"),
+    some("small letters", "@.islower()", "lower case letters"),
+    some("spaces", '@ == " "', "spaces"),
+    *each(LETTERS, "letters %", '@ == "%"', "letters '%'"),
     *(
-        Option(f"letters {c} or {d}", f'@ in "{c}{d}"', (f"letters '{c}' or '{d}'",))
+        some(f"letters {c} or {d}", f'@ in "{c}{d}"', f"letters '{c}' or '{d}'")
         for c in "aeiou"
         for d in "bcdrst"
     ),
 )
+JOIN = 'return "".join(c for c in $0 if {}TEST)'
+PLACES = "return [i for i, c in enumerate($0) if TEST]"
+ONLY = "check for only them"
 KIND_ENDS = (
-    Option("count", "return sum(1 for c in $0 if TEST)", ("Count the # in $0",), ("count them",)),
-    Option(
-        "list",
-        "return [c for c in $0 if TEST]",
-        ("Return a list of the # in $0",),
-        ("return a list",),
-    ),
-    Option(
-        "only",
-        'return "".join(c for c in $0 if TEST)',
-        ("Return only the # of $0",),
-        ("return only them",),
-    ),
-    Option(
-        "without",
-        'return "".join(c for c in $0 if not TEST)',
-        ("Return $0 without the #",),
-        ("remove them",),
-    ),
-    Option(
-        "any",
-        "return any(TEST for c in $0)",
-        ("Check whether $0 contains any #",),
-        ("check for any",),
-    ),
-    Option(
-        "all",
-        "return all(TEST for c in $0)",
-        ("Check whether $0 contains only #",),
-        ("check for only them",),
-    ),
-    Option(
-        "places",
-        "return [i for i, c in enumerate($0) if TEST]",
-        ("Return the positions of the # in $0",),
-        ("return the positions",),
-    ),
+    some("count", "return sum(1 for c in $0 if TEST)", "Count the # in $0", "count them"),
+    some("list", "return [c for c in $0 if TEST]", "Return a list of the # in $0", "return a list"),
+    some("only", JOIN.format(""), "Return only the # of $0", "return only them"),
+    some("without", JOIN.format("not "), "Return $0 without the #", "remove them"),
+    some("any", "return any(TEST for c in $0)", "Check whether $0 contains any #", "check for any"),
+    some("all", "return all(TEST for c in $0)", "Check whether $0 contains only #", ONLY),
+    some("places", PLACES, "Return the positions of the # in $0", "return the positions"),
 )
 
 
@@ -841,37 +713,16 @@ DICT_TESTS = (
         for t in WORD_TESTS
     ),
 )
+KEPT = "k, v in $0.items() if TEST"
+WHOSE = "the entries of $0 whose #"
+INVERSE = f"Return, with keys and values swapped, {WHOSE}"
+TOTALED = "return the sum of the values"
 DICT_ENDS = (
-    Option(
-        "entries",
-        "return {k: v for k, v in $0.items() if TEST}",
-        ("Return the entries of $0 whose #",),
-        ("return a dictionary",),
-    ),
-    Option(
-        "keys",
-        "return [k for k, v in $0.items() if TEST]",
-        ("Return the keys of the entries of $0 whose #",),
-        ("return the keys",),
-    ),
-    Option(
-        "values",
-        "return [v for k, v in $0.items() if TEST]",
-        ("Return the values of the entries of $0 whose #",),
-        ("return the values",),
-    ),
-    Option(
-        "inverse",
-        "return {v: k for k, v in $0.items() if TEST}",
-        ("Return, with keys and values swapped, the entries of $0 whose #",),
-        ("swap keys and values",),
-    ),
-    Option(
-        "total",
-        "return sum(v for k, v in $0.items() if TEST)",
-        ("Return the sum of the values of the entries of $0 whose #",),
-        ("return the sum of the values",),
-    ),
+    some("entries", f"return {{k: v for {KEPT}}}", f"Return {WHOSE}", "return a dictionary"),
+    some("keys", f"return [k for {KEPT}]", f"Return the keys of {WHOSE}", "return the keys"),
+    some("values", f"return [v for {KEPT}]", f"Return the values of {WHOSE}", "return the values"),
+    some("inverse", f"return {{v: k for {KEPT}}}", INVERSE, "swap keys and values"),
+    some("total", f"return sum(v for {KEPT})", f"Return the sum of the values of {WHOSE}", TOTALED),
 )
 
 
@@ -887,29 +738,27 @@ def write_dict(choice: Choice, pick: Pick) -> Function:
 
 
 PAIRS = (
-    Option("sums", "x + y", ("the sums of",)),
-    Option("differences", "x - y", ("the differences of",)),
-    Option("products", "x * y", ("the products of",)),
-    Option("larger", "max(x, y)", ("the larger of",)),
-    Option("smaller", "min(x, y)", ("the smaller of",)),
-    Option("distances", "abs(x - y)", ("the absolute differences of",)),
-    Option("averages", "(x + y) / 2", ("the averages of",)),
+    some("sums", "x + y", "the sums of"),
+    some("differences", "x - y", "the differences of"),
+    some("products", "x * y", "the products of"),
+    some("larger", "max(x, y)", "the larger of"),
+    some("smaller", "min(x, y)", "the smaller of"),
+    some("distances", "abs(x - y)", "the absolute differences of"),
+    some("averages", "(x + y) / 2", "the averages of"),
 )
 PAIR_ENDS = (
-    Option("list", "return [~]", ("Return a list of #",), ("return a list",)),
+    some("list", "return [~]", "Return a list of #", "return a list"),
     *(
-        Option(name, f"return {name}(~)", (f"Return the {said} of #",), (f"return the {said}",))
+        some(name, f"return {name}(~)", f"Return the {said} of #", f"return the {said}")
         for name, said in (("sum", "sum"), ("max", "maximum"), ("min", "minimum"))
     ),
-    Option("sorted", "return sorted(~)", ("Return a sorted list of #",), ("sort the result",)),
+    some("sorted", "return sorted(~)", "Return a sorted list of #", "sort the result"),
 )
 PAIR_TESTS = (
-    Option("", "", ("",), ("use all pairs",)),
+    some("", "", "", "use all pairs"),
     *(
-        Option(
-            f"first {t.key}",
-            f" if {t.code.replace('@', 'x')}",
-            (f" where the first is {t.says[0]}",),
+        some(
+            f"first {t.key}", f" if {t.code}".replace("@", "x"), f" where the first is {t.says[0]}"
         )
         for t in TESTS
     ),
@@ -1171,8 +1020,8 @@ FAMILIES = (
         1.0,
         {
             "test": TESTS,
-            "label": tuple(Option(word, word, (word,)) for word in LABELS),
-            "other": tuple(Option(word, word, (word,)) for word in LABELS),
+            "label": tuple(some(word, word, word) for word in LABELS.split()),
+            "other": tuple(some(word, word, word) for word in LABELS.split()),
         },
         write_branch,
         lambda choice: choice["label"] != choice["other"],
@@ -1341,11 +1190,9 @@ def guide() -> Sample:
     family = next(family for family in FAMILIES if family.name == "data")
     options = {slot: {o.key: o for o in options} for slot, options in family.slots.items()}
     keys = {"from": "bytes", "to": "gigabytes", "digits": "", "shape": "", "base": "1024"}
-    choices = [
-        {s: options[s][key] for s, key in keys.items()}
-        for keys in (keys, {**keys, "to": "megabytes"})
-    ]
-    first, second = (family.write(choice, canonical) for choice in choices)
+    choice = {slot: options[slot][key] for slot, key in keys.items()}
+    first = family.write(choice, canonical)
+    second = family.write({**choice, "to": options["to"]["megabytes"]}, canonical)
     segments = (question(GUIDE[0]), answer(first), question(GUIDE[1], first=False), answer(second))
     return Sample("dialogue", "data", segments, second)
 

@@ -13,15 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import catalogue
+import catalogue  # type: ignore[import-not-found]
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 MODEL = Path(__file__).resolve().parent.parent / "recipes" / "embedded"
 LENGTH = 512
@@ -36,29 +30,29 @@ RUNNER = (
 )
 
 
-def load(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(path: Path, dtype: str) -> tuple[Any, Any]:
     """Load the model and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     if dtype != "nf4":
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-        return model.eval(), tokenizer
-    import bitsandbytes
+        plain: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+        return plain.eval(), tokenizer
+    from bitsandbytes.nn.modules import Linear4bit
 
-    config = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
     )
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             # The packed format for some processors gives wrong results for small matrices.
             module.support_avx512bf16_for_cpu = False
     return model.eval(), tokenizer
 
 
 @torch.inference_mode()
-def loss_of(model: PreTrainedModel, rows: list[list[int]]) -> tuple[float, int]:
+def loss_of(model: Any, rows: list[list[int]]) -> tuple[float, int]:
     """Return the summed loss of rows of tokens and how many tokens were predicted."""
     total, count = 0.0, 0
     rows = sorted(rows, key=len)
@@ -81,12 +75,13 @@ def part_figures(total: float, count: int, size: int) -> dict[str, float]:
     return {"nats_per_token": total / count, "bits_per_byte": total / math.log(2) / size}
 
 
-def validation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def validation(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Measure the loss on held-out files and on held-out catalogue documents."""
     end = tokenizer.eos_token_id
     tokens: list[int] = []
     for path in catalogue.library_files(held_out=True):
-        tokens += tokenizer.encode(path.read_text("utf-8", "replace"), verbose=False) + [end]
+        tokens += tokenizer.encode(path.read_text("utf-8", "replace"), verbose=False)
+        tokens.append(end)
     windows = [tokens[start : start + LENGTH] for start in range(0, len(tokens), LENGTH)]
     # Windows from all over the files, each predicted without what stands before it.
     windows = windows[:: max(1, len(windows) // LIBRARY_ROWS)]
@@ -104,9 +99,7 @@ def validation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> di
 
 
 @torch.inference_mode()
-def complete(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
-) -> list[str]:
+def complete(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
     """Complete prompts greedily, up to the end token."""
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     texts = [""] * len(prompts)
@@ -141,9 +134,7 @@ def judge(code: str, function: catalogue.Function) -> tuple[bool, bool]:
     return True, got == catalogue.behavior(function.code, function.inputs)
 
 
-def prompts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int
-) -> dict[str, Any]:
+def prompts(model: Any, tokenizer: Any, count: int) -> dict[str, Any]:
     """Let the model complete held-out prompts and count what compiles and what is right."""
     samples = catalogue.held_out_samples(SEED, count)
     asked = [
@@ -178,7 +169,7 @@ def prompts(
     }
 
 
-def dialogue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def dialogue(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Hold the guide's dialogue through the chat template."""
     reference = catalogue.guide()
     messages: list[dict[str, str]] = []
@@ -227,13 +218,11 @@ def main() -> None:
     for part in ("library", "catalogue"):
         loss, bits = found[part]["nats_per_token"], found[part]["bits_per_byte"]
         print(f"{part}: {loss:.3f} nats/token, {bits:.3f} bits/byte")
-    print(
-        f"of {found['prompts']} held-out prompts {found['compile']} compile, {found['right']} are right"
-    )
+    total, compiled, right = found["prompts"], found["compile"], found["right"]
+    print(f"of {total} held-out prompts {compiled} compile, {right} are right")
     for kind, tally in found["by_kind"].items():
-        print(
-            f"  {kind}: {tally['compile']} compile and {tally['right']} are right of {tally['prompts']}"
-        )
+        total, compiled, right = tally.values()
+        print(f"  {kind}: {compiled} compile and {right} are right of {total}")
     print(f"the guide's dialogue: {'right' if all(found['guide']['right']) else 'WRONG'}\n")
     print(found["guide"]["text"])
 
