@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engine import checkpoint
+from engine.checkpoint import TensorInfo
 from engine.contexts import CheckContext, EstimateContext, Term
 from engine.errors import CheckpointError, DoesNotFit, EngineError, Problem, RecipeError
 from engine.recipe import Recipe, slots
@@ -74,9 +76,17 @@ def _shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
         if folder is None:
             return None, []
         config = checkpoint.read_config(folder)
-        return read_shape(config), []
+        return read_shape(config, _tensors(folder)), []
     except CheckpointError as error:
         return None, error.problems
+
+
+def _tensors(folder: Path) -> Mapping[str, TensorInfo]:
+    # Sizes for the estimates. Whether the weights are needed, and sound, is for `load` to say.
+    try:
+        return checkpoint.tensors(folder)
+    except CheckpointError:
+        return {}
 
 
 def _traits(hooks: Hooks, shape: ModelShape | None, target: Target) -> dict[str, str]:

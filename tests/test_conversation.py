@@ -122,8 +122,11 @@ def test_a_conversation_beyond_the_context_is_refused(build: Build) -> None:
     session = build("decode.max_new_tokens=4")
     chat = Conversation(session)
     with pytest.raises(RuntimeFailure, match="128"):
-        for turn in range(40):
-            for _ in chat.send(f"turn {turn} with some words in it"):
-                pass
-    before = len(chat.messages)
-    assert before % 2 == 0, "a refused message is not part of the conversation"
+        _talk_on(chat)
+    assert len(chat.messages) % 2 == 0, "a refused message is not part of the conversation"
+
+
+def _talk_on(chat: Conversation) -> None:
+    for turn in range(40):
+        for _ in chat.send(f"turn {turn} with some words in it"):
+            pass
