@@ -56,9 +56,6 @@ def main() -> None:
         _debug()
         _say(error)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # `engine run … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def _say(error: EngineError) -> None:
