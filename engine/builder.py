@@ -102,7 +102,8 @@ def _build(session: Session, folder: Any, progress: Progress) -> None:
     )
     built["task"] = hooks.task(TaskContext(session=session))
     progress("proving each choice")
-    session.task.probe()
+    with hooks.blaming(hooks.slot("task"), "task"):
+        session.task.probe()
     session.collect_receipts()
     session.observe("built", recipe=recipe.name, digest=recipe.digest)
 

@@ -1,0 +1,41 @@
+"""Every plugin that we ship keeps the contract that `engine.testing` holds third parties to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine import registry
+from engine.testing import PluginContract
+
+# What a choice needs beside its defaults; a new plugin gets its contract without an entry here.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "heads=grouped": {"options": {"num_key_value_heads": 1}},
+    "observe=trace": {"options": {"path": "trace.jsonl"}},
+}
+
+OURS = [
+    claim
+    for names in registry.installed().values()
+    for claims in names.values()
+    for claim in claims
+    if claim.distribution.startswith("recipe-engine ")
+]
+
+
+def _contract(choice: registry.Choice) -> type[PluginContract]:
+    settings = SETTINGS.get(f"{choice.slot}={choice.name}", {})
+    name = f"Test{choice.slot.title()}{choice.name.title()}".replace("_", "").replace("-", "")
+    return type(name, (PluginContract,), {"plugin": choice.load(), "slot": choice.slot, **settings})
+
+
+for _choice in OURS:
+    _made = _contract(_choice)
+    assert _made.__name__ not in globals()
+    globals()[_made.__name__] = _made
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_are_for_choices_that_exist(name: str) -> None:
+    assert name in {f"{choice.slot}={choice.name}" for choice in OURS}
