@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine import hookimpl
-from engine.contexts import Attention, AttentionContext, Receipt
+from engine.contexts import Attention, AttentionContext, CheckContext, Receipt
+from engine.errors import Problem
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -19,6 +20,21 @@ class Eager:
 
     Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1.
     """
+
+    @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Refuse the one model whose code in transformers is wrong."""
+        shape = context.shape
+        # The mask that SDPA needs holds the ALiBi biases, and eager adds them to the scores once
+        # more: logits are off by 1 % and more (transformers 5.23.0, seen 2026-11-22).
+        if shape is not None and shape.model_type == "falcon" and "model.alibi" in shape.traits:
+            yield Problem(
+                slot="attention",
+                code="attention-wrong",
+                message="attention=eager is wrong for Falcon with ALiBi: transformers adds the "
+                "biases twice",
+                hint="attention=sdpa",
+            )
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

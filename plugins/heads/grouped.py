@@ -145,8 +145,11 @@ def _largest_difference(session: Session, head_dim: int) -> float | None:
     from safetensors import safe_open
     from torch import nn
 
-    folder = Path(session.model.name_or_path or "-")
-    stored = checkpoint.tensors(folder, allow_pickle=True) if folder.is_dir() else {}
+    # Only weights that came from files went through a conversion.
+    used = getattr(session.model, "_weight_conversions", None) or ()
+    if not any("k_proj.weight" in conversion.source_patterns for conversion in used):
+        return None
+    stored = checkpoint.tensors(Path(str(session.model.name_or_path)), allow_pickle=True)
     worst = None
     for kind in (".k_proj", ".v_proj"):
         modules = session.model.named_modules()

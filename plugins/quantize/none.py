@@ -11,6 +11,8 @@ from engine import hookimpl
 from engine.contexts import EstimateContext, Quantization, QuantizeContext, Receipt, Term
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from engine.session import Session
 
 
@@ -34,7 +36,7 @@ class Unquantized:
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:
         """Change nothing; a checkpoint that comes quantized stays as it is."""
-        return Quantization()
+        return Quantization(finish=_keep_packing)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
@@ -55,3 +57,14 @@ class Unquantized:
             ok=(quantizer is not None) == asked
             and (asked or all(tensor.is_floating_point() for tensor in session.model.parameters())),
         )
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """Forbid bitsandbytes to repack the weights of a 4-bit checkpoint when they are first used.
+
+    On CPUs with AVX512-BF16 it does, in place; state_dict and save_pretrained then silently give
+    garbage (bitsandbytes 0.50.2, its issue 2078; seen 2026-11-22).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, not all have it
