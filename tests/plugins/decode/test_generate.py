@@ -1,0 +1,210 @@
+"""decode=generate is model.generate, told by the recipe alone, and stops when it should."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine.plugins.decode.generate import Generate, GenerateDecoder
+from transformers import AutoTokenizer, DynamicCache
+
+from engine.contexts import DecodeContext, Generation
+from tests.conftest import Build
+from tests.plugins.helpers import IDS, hints, plain, receipt, verdict
+
+
+@pytest.fixture(scope="module")
+def llama(model: Callable[[str], Path]) -> Any:
+    return plain(model("llama"))
+
+
+@pytest.fixture
+def decoder(llama: Any, model: Callable[[str], Path]) -> Iterator[Callable[..., GenerateDecoder]]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(model("llama"))
+    made: list[GenerateDecoder] = []
+
+    def make(seed: int = 0, **options: Any) -> GenerateDecoder:
+        context = DecodeContext(model=llama, tokenizer=tokenizer, seed=seed)
+        found: Any = Generate(**options).decode(context)
+        made.append(found)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def ask(ids: torch.Tensor = IDS, new: int = 20, cache: Any = None) -> Generation:
+    mask = (ids != 0).long()
+    return Generation(input_ids=ids, attention_mask=mask, cache=cache, max_new_tokens=new)
+
+
+def test_greedy_is_model_generate(decoder: Callable[..., GenerateDecoder], llama: Any) -> None:
+    reference = llama.generate(
+        IDS, attention_mask=torch.ones_like(IDS), do_sample=False, max_new_tokens=20
+    )[0, 8:].tolist()
+    for cache in (None, DynamicCache(config=llama.config)):
+        assert list(decoder()(ask(cache=cache))) == [[token] for token in reference]
+
+
+def test_sampling_is_model_generate(decoder: Callable[..., GenerateDecoder], llama: Any) -> None:
+    options = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.2}
+    torch.manual_seed(5)
+    reference = llama.generate(
+        IDS, attention_mask=torch.ones_like(IDS), do_sample=True, max_new_tokens=20, **options
+    )[0, 8:].tolist()
+    sampled = decoder(seed=5, **options)
+    assert list(sampled(ask())) == [[token] for token in reference]
+    assert list(sampled(ask())) == [[token] for token in reference]  # seeded each time
+    assert list(decoder(seed=6, **options)(ask())) != [[token] for token in reference]
+
+
+def test_no_limit_means_no_limit(decoder: Callable[..., GenerateDecoder]) -> None:
+    """transformers would quietly sample from the 50 likeliest only."""
+    settings = decoder(temperature=1.0).settings(1, cached=True)
+    assert (settings.top_k, settings.top_p) == (0, 1.0)
+
+
+def test_a_batch_yields_a_list_per_step_and_padding_at_the_end(
+    decoder: Callable[..., GenerateDecoder], llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.cat([IDS, torch.tensor([[0, 0, 0, 7, 8, 9, 10, 11]])])
+    free = list(decoder()(ask(ids)))
+    assert all(len(step) == 2 for step in free)
+    end = next(step[0] for step in free[2:] if step[0] not in [s[1] for s in free])
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", end)
+    ended = list(decoder()(ask(ids)))
+    rows = [[step[row] for step in ended] for row in (0, 1)]
+    stop = rows[0].index(end)
+    assert set(rows[0][stop + 1 :]) == {0}
+    assert rows[1] == [step[1] for step in free]
+
+
+def test_defaults_of_the_checkpoint_do_not_leak_in(
+    decoder: Callable[..., GenerateDecoder], llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(decoder()(ask()))
+    own = llama.generation_config
+    for name, value in {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 3,
+        "repetition_penalty": 3.0,
+        "suppress_tokens": [expected[0][0]],
+        "no_repeat_ngram_size": 2,
+        "num_beams": 4,
+        "max_length": 9,
+        "min_new_tokens": 3,
+    }.items():
+        monkeypatch.setattr(own, name, value)
+    assert list(decoder()(ask())) == expected
+    assert llama.generation_config is own  # and is back in its place
+
+
+def test_closing_stops_the_worker(decoder: Callable[..., GenerateDecoder], llama: Any) -> None:
+    cache = DynamicCache(config=llama.config)
+    steps: Any = decoder()(ask(new=100_000, cache=cache))
+    next(steps)
+    started = time.perf_counter()
+    steps.close()
+    assert time.perf_counter() - started < 5
+    held = cache.get_seq_length()
+    time.sleep(0.05)
+    assert cache.get_seq_length() == held < 50_000
+
+
+def test_one_thread_serves_all_calls(decoder: Callable[..., GenerateDecoder]) -> None:
+    ours = decoder()
+    before = threading.active_count()
+    for _ in range(3):
+        list(ours(ask(new=2)))
+    assert threading.active_count() == before + 1
+    ours.close()
+    assert threading.active_count() == before
+
+
+def test_errors_reach_the_reader(decoder: Callable[..., GenerateDecoder]) -> None:
+    ours = decoder()
+    with pytest.raises(IndexError):
+        list(ours(ask(IDS + 1000)))
+    assert len(list(ours(ask(new=3)))) == 3
+
+
+def test_an_interrupt_in_the_reader_stops_the_worker(
+    decoder: Callable[..., GenerateDecoder], llama: Any
+) -> None:
+    ours, cache = decoder(), DynamicCache(config=llama.config)
+    steps: Any = ours(ask(new=100_000, cache=cache))
+    next(steps)
+    with pytest.raises(KeyboardInterrupt):
+        steps.throw(KeyboardInterrupt)
+    assert cache.get_seq_length() < 50_000
+    assert len(list(ours(ask(new=3)))) == 3
+
+
+def test_stop_strings_end_the_answer(build: Build) -> None:
+    free = build("decode.max_new_tokens=40").generate("def add")
+    word = free.text[5:8]
+    stopped = build("decode.max_new_tokens=40", f"decode.stop=['{word}']").generate("def add")
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == free.text[: free.text.index(word)]
+    assert len(stopped.token_ids) < 40
+
+
+def test_it_warns_of_nothing(
+    decoder: Callable[..., GenerateDecoder], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(decoder()(ask(new=130)))  # beyond the model's context
+        list(decoder(temperature=0.7, top_k=5)(ask(new=3)))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_token_costs_little_more_than_generate(
+    decoder: Callable[..., GenerateDecoder], llama: Any
+) -> None:
+    def seconds(run: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    ours = decoder()
+    own = {"attention_mask": torch.ones_like(IDS), "do_sample": False, "max_new_tokens": 100}
+    pairs = [
+        (
+            seconds(lambda: list(ours(ask(new=100, cache=DynamicCache(config=llama.config))))),
+            seconds(lambda: llama.generate(IDS, **own)),
+        )
+        for _ in range(5)
+    ]
+    assert min(a for a, _ in pairs) - min(b for _, b in pairs) < 100 * 0.001
+
+
+def test_options_out_of_range_are_refused() -> None:
+    assert hints(Generate()) == hints(Generate(temperature=1.0, top_k=1, top_p=1.0)) == []
+    assert hints(Generate(max_new_tokens=0)) == ["decode.max_new_tokens=128"]
+    assert hints(Generate(temperature=-0.1)) == ["decode.temperature=0.7"]
+    assert hints(Generate(temperature=1.0, top_k=0)) == ["decode.top_k=50"]
+    for top_p in (0.0, 1.1, -1.0):
+        assert hints(Generate(temperature=1.0, top_p=top_p)) == ["decode.top_p=0.9"]
+    assert hints(Generate(repetition_penalty=0.0)) == ["decode.repetition_penalty=1.0"]
+    assert hints(Generate(stop=[""])) == ["decode.stop=[]"]
+    assert hints(Generate(top_k=5)) == hints(Generate(top_p=0.5)) == ["decode.temperature=0.7"]
+
+
+def test_the_receipt_reads_the_settings(build: Build) -> None:
+    session = build("decode.temperature=0.5")
+    evidence = receipt(session, "decode").evidence
+    assert (evidence["sampling"], evidence["temperature"]) == (True, 0.5)
+    assert evidence["end tokens"] == "2"
+    assert not verdict(Generate(temperature=0.0), session)
+    other = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=77, temperature=None))
+    assert not verdict(Generate(temperature=0.5), session, model=other)

@@ -1,0 +1,102 @@
+"""What tests of plugins share: contexts, sessions that lie, and plain transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine import checkpoint
+from engine.contexts import CheckContext, EstimateContext, Receipt, Term
+from engine.errors import Problem
+from engine.probe import Probe
+from engine.session import Session
+from engine.shape import ModelShape, read_shape
+
+IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
+"""A prompt, `[1, 8]`."""
+
+
+def shape_of(folder: Path) -> ModelShape:
+    """Return the shape of a checkpoint, tensors included."""
+    return read_shape(checkpoint.read_config(folder), checkpoint.tensors(folder))
+
+
+def refusals(
+    plugin: Any, shape: ModelShape | None = None, traits: Iterable[str] = ()
+) -> list[Problem]:
+    """Return what a plugin's check finds; each problem has slot, code and something to type."""
+    recipe: Any = SimpleNamespace()
+    target: Any = SimpleNamespace(traits=frozenset())
+    context = CheckContext(recipe=recipe, shape=shape, target=target, traits=frozenset(traits))
+    check = getattr(plugin, "refuse_path", None) or plugin.check
+    found = list(check(context))
+    assert all(problem.slot and problem.code and problem.hint for problem in found)
+    return found
+
+
+def hints(plugin: Any, shape: ModelShape | None = None, traits: Iterable[str] = ()) -> list[str]:
+    """Return what a plugin's check says to type instead."""
+    return [problem.hint for problem in refusals(plugin, shape, traits)]
+
+
+def terms(
+    plugin: Any, shape: ModelShape, tokens: int, batch: int = 1, dtype: str = "float32"
+) -> list[Term]:
+    """Return what a plugin's estimate names."""
+    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype=SimpleNamespace(value=dtype)))
+    target: Any = SimpleNamespace()
+    context = EstimateContext(recipe=recipe, shape=shape, target=target, batch=batch, tokens=tokens)
+    return list(plugin.estimate(context))
+
+
+def receipt(session: Session, slot: str) -> Receipt:
+    """Return the one receipt of a slot."""
+    (found,) = [each for each in session.receipts if each.slot == slot]
+    return found
+
+
+def verdict(plugin: Any, session: Any, **changes: Any) -> bool:
+    """Say whether a plugin's receipts hold for a session in which `changes` are otherwise."""
+    given = getattr(plugin, "count_lines", None) or plugin.receipts
+    return all(each.ok for each in given(altered(session, **changes)))
+
+
+def altered(session: Any, **changes: Any) -> Any:
+    """Return what looks like a session, but for `changes`."""
+    names = ("model", "config", "source_config", "built", "probe", "device", "recipe")
+    values = {name: getattr(session, name, None) for name in names}
+    return SimpleNamespace(**(values | changes))
+
+
+def probe(
+    operators: Mapping[str, int] | None = None,
+    cache: Any = None,
+    tokens: Iterable[int] = (8, 1),
+) -> Probe:
+    """Return what a probe might have shown."""
+    return Probe(operators=Counter(operators or {}), cache=cache, tokens=list(tokens))
+
+
+def plain(folder: Path, **options: Any) -> Any:
+    """Return the reference: transformers alone, eager, float32."""
+    auto: Any = AutoModelForCausalLM
+    options = {"dtype": torch.float32, "attn_implementation": "eager"} | options
+    return auto.from_pretrained(folder, **options).eval()
+
+
+@torch.no_grad()
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Return the logits of one pass without a cache, `[batch, tokens, vocabulary]`."""
+    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found
+
+
+def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the error's norm over the reference's."""
+    return float((found - reference).norm() / reference.norm())

@@ -1,0 +1,71 @@
+"""observe=trace writes down every hook call, and never takes a run down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.plugins.observe.trace import Trace
+
+from engine import registry
+from engine.errors import EngineError, RecipeError
+from tests.conftest import Build
+from tests.plugins.helpers import hints, receipt, refusals, verdict
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_hook_and_event_has_a_line(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    session = build("observe=trace", f"observe.path={path}", "decode.max_new_tokens=4")
+    session.generate("def add")
+    found = lines(path)
+    assert {line["hook"] for line in found if "hook" in line} >= {
+        *registry.PROVIDERS,
+        *registry.COLLECTING,
+    } - {"prepare"}  # that nobody answers
+    events = [line["event"] for line in found if "event" in line]
+    assert events == ["built", "started", "finished"]
+    assert next(line for line in found if line.get("event") == "finished")["new_tokens"] == 4
+    assert all(line["seconds"] >= 0 for line in found if "hook" in line)
+    assert all(line["time"] > 1.7e9 for line in found)
+    evidence = receipt(session, "observe").evidence
+    assert evidence["path"] == str(path)
+    assert 0 < int(evidence["lines"]) <= len(found)
+
+
+def test_a_failing_hook_is_written_down_and_still_fails(build: Build, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    with pytest.raises(RecipeError):
+        build("observe=trace", f"observe.path={path}", "heads=grouped", family="opt")
+    (line,) = [line for line in lines(path) if "error" in line]
+    assert line["hook"] == "heads"
+    assert line["error"].startswith("RecipeError: heads=grouped")
+
+
+def test_paths_that_cannot_be_written_are_refused(
+    tmp_path: Path, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hints(Trace(path=str(tmp_path / "new.jsonl"))) == []
+    assert "is a folder" in refusals(Trace(path=str(tmp_path)))[0].message
+    assert "there is no folder" in refusals(Trace(path=str(tmp_path / "a" / "b")))[0].message
+    with pytest.raises(EngineError, match="there is no folder"):
+        build("observe=trace", f"observe.path={tmp_path}/a/b")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "permission denied" in refusals(Trace(path=str(tmp_path / "new.jsonl")))[0].message
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_lines_are_no_proof(tmp_path: Path) -> None:
+    trace = Trace(path=str(tmp_path / "trace.jsonl"))
+    assert not verdict(trace, None)
+    trace.append({"hook": "load"})
+    assert verdict(trace, None)
+
+
+def test_a_line_that_cannot_be_written_is_lost_quietly(tmp_path: Path) -> None:
+    Trace(path=str(tmp_path)).append({"hook": "load"})
