@@ -1,425 +1,220 @@
-"""Run Hydra over a recipe until every mistake in it is known, and say each in our words."""
+"""Say what is wrong with a recipe in words that help: what, where, and what to type instead."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from enum import Enum
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import AnyNode, Container, DictConfig, EnumNode, ListConfig, Node, OmegaConf
+from omegaconf._utils import type_str
 
-from engine import source
-from engine.errors import EngineError, Problem, RecipeError, choices_hint, nearest
-from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
-from engine.source import Library, Shelf
+from engine.errors import EngineError, PluginError, Problem, RecipeError, choices_hint, nearest
+from engine.hookspecs import SLOTS
+from engine.source import Keys, as_typed, printable, show
 
-FLAGS = {"prompt": "-p TEXT", "json": "--json", "recipe": "the recipe's name comes first: engine run NAME"}
+CHOICES = (*SLOTS, "target")
+_EXAMPLES = {int: "1", float: "0.5", bool: "true", str: "text"}
 
 
-class Composing:
-    """One recipe and its overrides, and what turned out to be wrong with them."""
+class Mistakes:
+    """What was found wrong so far, and where each key of the recipe was written last."""
 
-    def __init__(
-        self, name: str, folders: Sequence[Path], schema: type[Any], overrides: list[str]
+    def __init__(self, file: str) -> None:
+        self.file = file
+        """The recipe itself, for what has no line."""
+        self.whole = True
+        """Whether every file could be read in full; if not, nothing is said to be missing."""
+        self.places: dict[Keys, str] = {}
+        self.lost: set[str] = set()
+        """Slots whose choice is wrong: their options cannot be judged."""
+        self.bad: set[Keys] = set()
+        """Keys with a value that does not fit."""
+        self.choices: dict[str, str] = {}
+        self._problems: dict[Problem, None] = {}
+        self._kinds: list[type[EngineError]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._problems)
+
+    def error(self) -> EngineError:
+        """Return everything as one error, a plugin's only if the recipe is without fault."""
+        kind = RecipeError if RecipeError in self._kinds else self._kinds[0]
+        return kind(sorted(self._problems, key=_order))
+
+    def add(
+        self, message: str, *, hint: str = "", code: str = "recipe", slot: str = "", where: str = ""
     ) -> None:
-        Plugins.instance().register(Shelf)
-        if version.getbase() is None:
-            version.setbase("1.3")
-        self.name = name
-        self.problems: list[Problem] = []
-        self._folders = tuple(folders)
-        self._schema = schema
-        self._dropped: set[tuple[str, source.Path_]] = set()
-        self._lost: set[str] = set()
-        self._overrides = list(self._parse(overrides))
-        self._shelf = self._library()
-
-    def run(self, limit: int) -> tuple[DictConfig, dict[str, str], str]:
-        """Return the composed config, the choice of each slot, and the recipe's file.
-
-        Raises:
-            RecipeError: all mistakes, at most about `limit`.
-        """
-        config = None
-        while config is None:
-            try:
-                config = self._load(self._overrides)
-            except EngineError as error:
-                raise type(error)([*self.problems, *error.problems]) from error
-            except (HydraException, OmegaConfBaseException, RecursionError) as error:
-                found = self._note(error)
-                if not found or len(self.problems) >= limit:
-                    raise RecipeError(self.problems) from error
-        choices = {
-            slot: str(choice)
-            for slot, choice in config.hydra.runtime.choices.items()
-            if slot in SLOTS or slot == "target"
-        }
-        file = str(self._shelf.file(self.name) or "")
-        del config._content["hydra"]  # type: ignore[union-attr]
-        return config, choices, file
-
-    def values(self, config: DictConfig) -> tuple[dict[str, Any], str]:
-        """Return the values of the top level, plugins built, and the composed YAML."""
-        self._leftovers(config)
-        if self.problems:
-            raise RecipeError(self.problems)
-        found: dict[str, Any] = {}
-        for key in config:
-            try:
-                node = config._get_node(key)
-                found[str(key)] = (
-                    OmegaConf.to_object(node) if OmegaConf.is_config(node) else config[key]
-                )
-            except OmegaConfBaseException as error:
-                self._report_value(error, str(key))
-            except EngineError as error:
-                self.problems.extend(error.problems)
-            except (ValueError, TypeError) as error:  # from a plugin's __post_init__
-                self._report(f"{key}: {error}", slot=str(key), where=self._where((str(key),)))
-        if self.problems:
-            raise RecipeError(self.problems)
-        return found, OmegaConf.to_yaml(config, resolve=True)
-
-    def _parse(self, lines: Sequence[str]) -> Iterator[Override]:
-        parser = OverridesParser.create()
-        for line in lines:
-            try:
-                (override,) = parser.parse_overrides([line])
-            except (HydraException, RecursionError) as error:
-                why = getattr(error, "message", str(error)).strip().splitlines()
-                self._report(
-                    f"'{line}' is not an override: {why[0] if why else 'it cannot be parsed'}",
-                    hint="key=value, where a value with spaces or commas is quoted: "
-                    "'decode.stop=[\"a, b\"]'",
-                    code="override",
-                    where=line,
-                )
-                continue
-            refusal = self._refuse(override)
-            if refusal:
-                self._report(refusal[0], hint=refusal[1], code="override", where=line)
-            else:
-                yield override
-
-    def _refuse(self, override: Override) -> tuple[str, str] | None:
-        line, key = override.input_line or "", override.key_or_group
-        refusal = source.hostile(line)
-        for depth, part in enumerate(key.replace("/", ".").split(".")):
-            refusal = refusal or source.hostile_key(part, () if depth == 0 else (key,))
-        for word in _words(override.value()):
-            refusal = refusal or source.hostile_key(word, (key,))
-        if refusal:
-            return refusal
-        if override.is_sweep_override():
-            return (
-                f"{line} names several values, and a run has one",
-                f"give one value, or quote it if the comma is part of it: '{key}=\"…\"'",
-            )
-        if key in FLAGS and not hasattr(self._schema, key):
-            return f"'{key}' is no key of a recipe", FLAGS[key]
-        if override.package is not None:
-            return f"{line} places a choice elsewhere", f"one choice for each slot: {key}=…"
-        if key == "defaults" or key.startswith("defaults."):
-            return (
-                f"{line}: the defaults list is written in the recipe's file",
-                "to choose for a slot: attention=sdpa",
-            )
-        return None
-
-    def _library(self) -> Library:
-        return Library(folders=self._folders, schema=self._schema, dropped=self._dropped)
-
-    def _load(self, overrides: Sequence[Override]) -> DictConfig:
-        self._shelf = self._library()
-        token = source.library.set(self._shelf)
-        try:
-            path = ConfigSearchPathImpl()
-            path.append("hydra", "pkg://hydra.conf")
-            path.append("engine", "engine://")
-            path.append("schema", "structured://")
-            return ConfigLoaderImpl(path).load_configuration(
-                config_name=self.name,
-                overrides=[override.input_line or "" for override in overrides],
-                run_mode=RunMode.RUN,
-                from_shell=False,
-            )
-        finally:
-            source.library.reset(token)
-
-    def _note(self, error: BaseException) -> bool:
-        """Report what stopped Hydra and leave it out; False when it cannot be left out."""
-        if isinstance(error, MissingConfigException):
-            return self._note_missing(error)
-        cause = _root(error)
-        key = getattr(cause, "full_key", None) or ""
-        culprit = self._guilty_override(error, key)
-        if culprit is not None:
-            self._overrides.remove(culprit)
-            self._report_value(cause, key or culprit.key_or_group, line=culprit.input_line or "")
-            return True
-        path = tuple(key.replace("[", ".").replace("]", "").split(".")) if key else ()
-        while path:
-            if path in self._shelf.places:
-                place, config, inner = self._shelf.places[path]
-                if (config, inner) in self._dropped:
-                    break
-                self._dropped.add((config, inner))
-                self._report_value(cause, key, line=str(place))
-                return True
-            path = path[:-1]
-        for group, value, place, config, inner in self._shelf.defaults:
-            if (config, inner) not in self._dropped and group and f"'{group}'" in str(error):
-                self._dropped.add((config, inner))
-                self._report(
-                    f"defaults: '{group}: {value}' cannot be placed: {_first(error)}",
-                    hint=f"to choose for a slot that base fills: - override {group}: {value}",
-                    slot=group if group in SLOTS else "",
-                    where=str(place),
-                )
-                return True
-        self._report(_first(cause), where=str(self._shelf.file(self.name) or self.name))
-        return False
-
-    def _note_missing(self, error: MissingConfigException) -> bool:
-        missing = (error.missing_cfg_file or "").removesuffix(".yaml")
-        group, _, value = missing.rpartition("/")
-        known = self._shelf.names(group)
-        if not group and missing == self.name:
-            self._report(
-                f"there is no recipe called {missing}",
-                hint=choices_hint(missing, self._recipes()),
-                code="recipe-not-found",
-            )
-            return False
-        for override in self._overrides:
-            if override.key_or_group == group and value in _words(override.value()):
-                self._overrides.remove(override)
-                self._report_choice(group, value, known, override.input_line or "")
-                return True
-        for name, given, place, config, inner in self._shelf.defaults:
-            if (config, inner) not in self._dropped and (name, given) == (group, value):
-                self._dropped.add((config, inner))
-                self._report_choice(group, value, known, str(place))
-                return True
-        self._report_choice(group, value, known, str(self._shelf.file(self.name) or ""))
-        return False
-
-    def _report_choice(self, group: str, value: str, known: list[str], where: str) -> None:
-        self._lost.add(group)
-        if group == "":
-            self._report(
-                f"defaults: there is no recipe called {value}",
-                hint=choices_hint(value, self._recipes()), where=where,
-            )  # fmt: skip
-        elif not known:
-            self._report(
-                f"{group} is not a slot", hint=choices_hint(group, [*SLOTS, "target"]), where=where
-            )
-        else:
-            self._report(
-                f"{value} is not a choice for {group}",
-                hint=choices_hint(value, known, prefix=f"{group}="),
-                code="unknown-choice",
-                slot=group,
-                where=where,
-            )
-
-    def _guilty_override(self, error: BaseException, key: str) -> Override | None:
-        text = str(error)
-        for override in self._overrides:
-            line, name = override.input_line or "", override.key_or_group
-            if line and line in text:
-                return override
-            if f"'{name}'" in text and "override" in text.lower():
-                return override
-            if key and (name == key or name.startswith(key + ".")):
-                return override
-        # Hydra did not say: the culprit is the one without which it gets further.
-        for override in self._overrides:
-            try:
-                self._load([other for other in self._overrides if other is not override])
-            except (HydraException, OmegaConfBaseException, RecursionError) as other:
-                if str(other) != text:
-                    return override
-            else:
-                return override
-        return None
-
-    def _leftovers(self, config: DictConfig) -> None:
-        """Report what Hydra lets pass: added keys, empty slots, values where a choice is due."""
-        known = {field.name for field in dataclasses.fields(self._schema)}
-        for key in config:
-            if key not in known:
-                self._report_unknown(str(key), sorted(known), (str(key),))
-        for slot in SLOTS:
-            if slot in self._lost:
-                continue
-            node = config._get_node(slot)
-            if node is None or OmegaConf.is_missing(config, slot):
-                self._report(
-                    f"{slot} has no choice",
-                    hint=f"{slot}={next(iter(self._shelf.names(slot)), '…')}, or start the "
-                    "recipe's defaults with '- base'",
-                    slot=slot,
-                    where=self._where((slot,)),
-                )
-            elif isinstance(node, DictConfig) and not node._is_none():
-                self._extra(node, slot)
-            elif config[slot] is not None or slot not in OPTIONAL_SLOTS:
-                value = config[slot]
-                self._report(
-                    f"{slot}: {value} is a value where a choice is due",
-                    hint=f"choices stand in the defaults list: '- override {slot}: {value}'; "
-                    f"on the command line: {slot}={value}",
-                    slot=slot,
-                    where=self._where((slot,)),
-                )
-        for part in ("model", "target"):
-            self._extra(config[part], part)
-        if OmegaConf.is_missing(config.model, "path"):
-            self._report(
-                "no model is named",
-                hint="model.path=FOLDER_OR_HUB_ID",
-                code="model-missing",
-                where=self._where(("model",)),
-            )
-
-    def _extra(self, node: DictConfig, slot: str) -> None:
-        owner = OmegaConf.get_type(node)
-        if not dataclasses.is_dataclass(owner):
-            self._report(
-                f"{slot} holds values, but no choice says what they mean",
-                hint=f"choose first: '- override {slot}: …' in defaults, or {slot}=…",
-                slot=slot,
-                where=self._where((slot,)),
-            )
-            return
-        known = [field.name for field in dataclasses.fields(owner)]
-        for key in node:
-            if key not in known:
-                self._report_unknown(str(key), known, (slot, str(key)))
-
-    def _report_unknown(self, key: str, known: list[str], path: source.Path_) -> None:
-        slot = path[0] if path[0] in SLOTS else ""
-        if slot in self._lost and slot:
-            return
-        prefix = ".".join(path[:-1])
-        close = nearest(key, known)
-        guess = f"did you mean {'.'.join([*path[:-1], close])}? " if close else ""
-        owner = f"{prefix} has no option '{key}'" if prefix else f"a recipe has no key '{key}'"
-        there = f"there are: {', '.join(known)}" if known else f"{prefix} has no options"
-        self._report(
-            owner, hint=guess + there, code="unknown-key", slot=slot, where=self._where(path)
+        """Note a problem, once."""
+        self.take(
+            RecipeError(Problem(message=message, hint=hint, code=code, slot=slot, where=where))
         )
 
-    def _report_value(self, error: BaseException, key: str, line: str = "") -> None:
-        """Report an omegaconf error about the value or the existence of a key."""
-        path = tuple(part for part in key.split(".") if part)
-        if not path or (path[0] in self._lost and path[0] in SLOTS):
-            if not path:
-                self._report(_first(error), where=line)
+    def take(self, error: EngineError) -> None:
+        """Note the problems of an error."""
+        self._problems.update(dict.fromkeys(error.problems))
+        self._kinds.append(RecipeError if not isinstance(error, PluginError) else type(error))
+
+    def where(self, path: Keys) -> str:
+        """Return where a key, or what holds it, was written; '' when nowhere."""
+        while path and path not in self.places:
+            path = path[:-1]
+        return self.places.get(path, "")
+
+    def unknown_choice(self, group: str, choice: str, known: list[str], where: str) -> None:
+        """Note a choice, or a recipe in a defaults list, that does not exist."""
+        self.lost.add(group)
+        if group == "":
+            self.add(
+                f"there is no recipe called {show(choice)}",
+                hint=choices_hint(choice, known),
+                code="recipe-not-found",
+                where=where,
+            )
             return
-        where = line or self._where(path)
-        owner = getattr(error, "object_type", None)
-        if "not in" in str(error) and dataclasses.is_dataclass(owner):
-            known = [field.name for field in dataclasses.fields(owner)]
-            before = len(self.problems)
-            self._report_unknown(path[-1], known, path)
-            if len(self.problems) > before and where:
-                self.problems[-1] = dataclasses.replace(self.problems[-1], where=where)
-            return
-        self._report(
-            f"{key}: {_first(error)}",
-            hint=self._expected(path),
-            code="value",
-            slot=path[0] if path[0] in SLOTS else "",
+        self.add(
+            f"{show(choice)} is no choice for {group}",
+            hint=choices_hint(choice, known, prefix=f"{group}="),
+            code="unknown-choice",
+            slot=group if group in SLOTS else "",
             where=where,
         )
 
-    def _expected(self, path: source.Path_) -> str:
-        """Say what type a key wants, with its default."""
-        owner: Any = self._schema
-        if path[0] in SLOTS:
-            node = self._slot_type(path[0])
-            owner = node
-        for index, part in enumerate(path[1:] if path[0] in SLOTS else path):
-            fields = {f.name: f for f in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else {}
-            if part not in fields:
-                return "engine show prints every key with its value"
-            last = index == len(path) - (2 if path[0] in SLOTS else 1)
-            kind = _types(owner).get(part)
-            if last:
-                if isinstance(kind, type) and issubclass(kind, Enum):
-                    return f"one of: {', '.join(member.name for member in kind)}"
-                return f"{'.'.join(path)} is of type {fields[part].type}"
-            owner = kind
-        return "engine show prints every key with its value"
+    def choice_as_value(self, slot: str, value: Any, known: list[str], where: str) -> None:
+        """Note a choice that stands among the values."""
+        self.lost.add(slot)
+        word = str(value)
+        word = word if word in known else nearest(word, known) or next(iter(known), word)
+        self.add(
+            f"{slot}: {show(value)} is a value where a choice is due",
+            hint=f"choices stand in the defaults list: '- override {slot}: {word}', or behind the "
+            f"recipe's name: {slot}={word}",
+            code="choice-as-value",
+            slot=slot if slot in SLOTS else "",
+            where=where,
+        )
 
-    def _slot_type(self, slot: str) -> Any:
-        try:
-            config = self._load([o for o in self._overrides if o.key_or_group == slot])
-            return OmegaConf.get_type(config, slot)
-        except (EngineError, HydraException, OmegaConfBaseException):
-            return None
+    def unknown_key(self, path: Keys, known: list[str], where: str = "") -> None:
+        """Note a key that its owner does not have."""
+        if path[0] in self.lost:
+            return
+        owner = ".".join(path[:-1])
+        if owner in self.choices:
+            owner = f"{owner}={self.choices[owner]}"
+        close = nearest(path[-1], known)
+        guess = f"did you mean {'.'.join([*path[:-1], close])}? " if close else ""
+        if "." in path[-1]:
+            self.bad.add((*path[:-1], *path[-1].split(".")))
+            guess = "write dots as nesting: " + path[-1].replace(".", ": {") + ": …}; "
+        there = f"there are: {', '.join(known)}" if known else f"{owner} has no options at all"
+        self.add(
+            f"{owner} has no option {show(path[-1])}"
+            if owner
+            else f"a recipe has no key {show(path[-1])}",
+            hint=guess + there,
+            code="unknown-key",
+            slot=path[0] if path[0] in SLOTS else "",
+            where=where or self.where(path),
+        )
 
-    def _where(self, path: source.Path_) -> str:
-        for override in self._overrides:
-            if override.key_or_group == ".".join(path):
-                return override.input_line or ""
-        while path:
-            if path in self._shelf.places:
-                return str(self._shelf.places[path][0])
-            path = path[:-1]
-        return ""
-
-    def _recipes(self) -> list[str]:
-        return sorted({file.stem for folder in self._folders for file in folder.glob("*.yaml")})
-
-    def _report(
-        self, message: str, *, hint: str = "", code: str = "recipe", slot: str = "", where: str = ""
+    def value(
+        self, config: DictConfig, keys: Sequence[Any], value: Any, error: Exception, where: str
     ) -> None:
-        self.problems.append(
-            Problem(message=message, hint=hint, code=code, slot=slot, where=where)
+        """Note a value that does not fit where it stands, looking for the reason in the config."""
+        path = tuple(map(str, keys))
+        if path[0] in self.lost:
+            return
+        self.bad.add(path)
+        node: Node | None = config
+        for depth, part in enumerate(path):
+            fields = options(node)
+            if fields is not None and part not in fields:
+                self.unknown_key(path[: depth + 1], fields, where)
+                return
+            if depth == 1 and fields is None and path[0] in SLOTS:
+                self.no_choice(path[0], where)
+                return
+            if fields is None and node is not None and not isinstance(node, DictConfig):
+                path, value = path[:depth], f"{path[depth]}: {value}"
+                break
+            node = _child(node, part)
+        slot = path[0] if path[0] in SLOTS else ""
+        key = ".".join(path)
+        kind, hint = _expected(node, key)
+        if "${" in str(value):
+            kind, hint = "", "write the value itself, or ${key} to repeat another key"
+        message = f"{key} is {show(as_typed(value))}, where {kind} is due" if kind else ""
+        self.add(
+            message or f"{key}: {first_line(error)}",
+            hint=hint or "engine show prints every key with its value",
+            code="value",
+            slot=slot,
+            where=where,
+        )
+
+    def no_choice(self, slot: str, where: str) -> None:
+        """Note options of a slot for which nothing is chosen."""
+        self.lost.add(slot)
+        self.add(
+            f"{slot} has options, but no choice that says what they mean",
+            hint=f"choose first: '- override {slot}: …' in defaults, or {slot}=… (engine list "
+            f"{slot})",
+            code="no-choice",
+            slot=slot,
+            where=where,
         )
 
 
-def _root(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def _order(problem: Problem) -> tuple[bool, str, int]:
+    """Put problems in the order of the lines of their files, overrides last."""
+    file, _, line = problem.where.rpartition(":")
+    if file.endswith(".yaml") and line.isdigit():
+        return False, file, int(line)
+    return not problem.where.endswith(".yaml"), problem.where, 0
 
 
-def _first(error: BaseException) -> str:
+def options(node: Node | None) -> list[str] | None:
+    """Return the names of a typed node's options; None for a node without a dataclass."""
+    owner = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
+    if owner is None or not dataclasses.is_dataclass(owner):
+        return None
+    return [field.name for field in dataclasses.fields(owner)]
+
+
+def first_line(error: BaseException) -> str:
+    """Return the gist of an error of Hydra or omegaconf."""
     if isinstance(error, RecursionError):
-        return "values refer to each other in a circle"
+        return "it refers to itself in a circle"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return printable(lines[0][:200]) if lines else type(error).__name__
 
 
-def _words(value: Any) -> list[str]:
-    if isinstance(value, dict):
-        return [str(k) for k in value] + [w for v in value.values() for w in _words(v)]
-    if isinstance(value, list):
-        return [word for item in value for word in _words(item)]
-    return [str(value)]
+def _child(node: Node | None, key: str) -> Node | None:
+    if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
+        child = node._get_node(key, validate_access=False)
+        return child if isinstance(child, Node) else None
+    return None
 
 
-def _types(owner: Any) -> dict[str, Any]:
-    from typing import get_type_hints
-
-    try:
-        return get_type_hints(owner)
-    except Exception:  # a plugin's annotations may name what only type checkers import
-        return {}
+def _expected(node: Node | None, key: str) -> tuple[str, str]:
+    """Return what a place wants, and what to type; ('', '') when nothing is known of it."""
+    fields = options(node)
+    if fields is not None:
+        return "a mapping", f"its keys are: {', '.join(f'{key}.{name}' for name in fields)}"
+    if isinstance(node, EnumNode):
+        members = [member.name for member in node.enum_type]
+        return node.enum_type.__name__, f"one of: {', '.join(f'{key}={name}' for name in members)}"
+    if node is None or (isinstance(node, AnyNode) and type(node) is AnyNode):
+        return "", ""
+    kind = type_str(node._metadata.ref_type)
+    if isinstance(node, ListConfig):
+        return kind, f"for example {key}=[a,b]"
+    if isinstance(node, Container):
+        return kind, f"for example {key}={{a: 1}}"
+    default = node._value()
+    example = _EXAMPLES.get(getattr(node._metadata, "object_type", None) or str, "")
+    for each, text in _EXAMPLES.items():
+        example = text if each.__name__ in kind else example
+    if default not in (None, "???"):
+        example = as_typed(default)
+    return kind, f"for example {key}={example}"

@@ -1,7 +1,6 @@
 """Compose a recipe: YAML and overrides in, plugins out.
 
-Hydra does the composing, omegaconf the typing. Hydra stops at the first mistake; here the mistake
-is noted, left out, and composing tried again, so that all of them are reported together.
+This is what is public; `engine.composing` does it, with the steps of Hydra.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from omegaconf import MISSING
 
 from engine.errors import EngineError, Problem, RecipeError, choices_hint
 from engine.hookspecs import SLOTS
+from engine.source import is_file, printable, show, yaml_files
 from engine.target import Target
 
 DEFAULT = "tiny"
-MAX_MISTAKES = 30
 
 
 class Dtype(Enum):
@@ -96,45 +95,73 @@ def compose(recipe: str | os.PathLike[str] = DEFAULT, overrides: Sequence[str] =
         RecipeError: with everything that is wrong, each with place and remedy.
         PluginError: when a chosen plugin cannot be imported.
     """
-    from engine.mistakes import Composing
+    # Not at the top: `engine list` needs the folders of this module, but not Hydra.
+    from engine.composing import Composing
+    from engine.library import Library
 
     name, folders = locate(recipe)
-    composing = Composing(name, folders, Schema, list(overrides))
-    config, choices, file = composing.run(MAX_MISTAKES)
-    values, text = composing.values(config)
-    return Recipe(**values, name=name, file=file, choices=choices, text=text)
+    library = Library(folders, installed_folders(), Schema)
+    file = library.files("").get(name)
+    if file is None or name not in library.names(""):
+        raise RecipeError(
+            Problem(
+                message=f"there is no recipe called {show(name)}",
+                hint=choices_hint(name, library.names("")),
+                code="recipe-not-found",
+            )
+        )
+    composed = Composing(name, library, overrides).run()
+    return Recipe(
+        **composed.values, name=name, file=str(file), choices=composed.choices, text=composed.text
+    )
 
 
 def locate(recipe: str | os.PathLike[str]) -> tuple[str, tuple[Path, ...]]:
-    """Return a recipe's name and the folders to look for it and its parts, nearest first."""
+    """Return a recipe's name and the folders to look for it and its parts, nearest first.
+
+    Raises:
+        RecipeError: when a path is given that is no `.yaml` file.
+    """
     given = os.fspath(recipe)
-    folders = search_folders()
-    if given.endswith((".yaml", ".yml")) or "/" in given or os.sep in given:
-        file = Path(given).expanduser()
-        if file.suffix == ".yml":
-            raise RecipeError(
-                Problem(message=f"{given}: recipes end in .yaml", code="recipe-name",
-                        hint=f"mv {given} {file.with_suffix('.yaml')}")
-            )  # fmt: skip
-        file = file if file.suffix else file.with_suffix(".yaml")
-        if not file.is_file():
-            near = [str(other) for other in sorted(file.parent.glob("*.yaml"))]
+    if not (given.endswith((".yaml", ".yml")) or "/" in given or os.sep in given):
+        return given, search_folders()
+    file = Path(os.path.expanduser(given))
+    if file.suffix != ".yaml":
+        dotted = Path(f"{file}.yaml")
+        if file.suffix == ".yml" or not is_file(dotted):
             raise RecipeError(
                 Problem(
-                    message=f"there is no file {file}",
-                    hint=choices_hint(str(file), near) if near else "engine list recipes",
-                    code="recipe-not-found",
+                    message=f"{show(given)}: the file of a recipe ends in .yaml",
+                    hint=f"rename it: {printable(str(file.with_suffix('.yaml')))}"
+                    if is_file(file)
+                    else _files_beside(file),
+                    code="recipe-name",
                 )
             )
-        return file.stem, (file.resolve().parent, *folders)
-    return given, folders
+        file = dotted
+    if not is_file(file):
+        raise RecipeError(
+            Problem(
+                message=f"there is no file {show(file)}",
+                hint=_files_beside(file),
+                code="recipe-not-found",
+            )
+        )
+    # The folder is resolved, the file is not: a link may not lead out of its folder.
+    return file.stem, (file.parent.resolve(), *search_folders())
 
 
 def search_folders() -> tuple[Path, ...]:
     """Return the folders of recipes that exist: ./recipes, the user's, ours, other packages'."""
-    user = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "engine" / "recipes"
-    folders = [Path("recipes").absolute(), user, shipped_folder(), *_packaged_folders()]
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    user = Path(config) / "engine" / "recipes"
+    folders = [Path("recipes").absolute(), user, *installed_folders()]
     return tuple(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+
+
+def installed_folders() -> tuple[Path, ...]:
+    """Return the folders of recipes that came with installed packages, ours first."""
+    return (shipped_folder(), *_packaged_folders())
 
 
 def shipped_folder() -> Path:
@@ -158,11 +185,16 @@ def _packaged_folders() -> Iterator[Path]:
             yield Path(location).joinpath(*rest)
 
 
+def _files_beside(file: Path) -> str:
+    near = [str(other) for other in yaml_files(file.parent)]
+    return choices_hint(str(file), near) if near else "engine list recipes shows what there is"
+
+
 def recipe_names() -> dict[str, Path]:
     """Return every recipe that can be run by name, with its file; the nearest folder wins."""
     found: dict[str, Path] = {}
     for folder in search_folders():
-        for file in sorted(folder.glob("*.yaml")):
+        for file in yaml_files(folder):
             found.setdefault(file.stem, file)
     return dict(sorted(found.items()))
 

@@ -1,386 +1,312 @@
-"""Serve Hydra its configs: plugins' option classes from entry points, YAML from recipe folders.
+"""Read the text of a recipe as data, and refuse whatever could be more than data.
 
-A recipe is data. Every YAML text passes through `read_yaml`, which refuses whatever could run code
-or look outside of the recipe: tags, `_target_`, resolvers, Hydra's own settings, paths that leave
-the folders. It also remembers on which line each key stands, for error messages.
+Tags, `_target_`, resolvers, Hydra's own settings, aliases that explode, endless files: each is
+reported with its line and left out, so that the other mistakes of the file are found as well.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import stat
 from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.object_type import ObjectType
-from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
-from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
-from omegaconf.errors import OmegaConfBaseException
 
-from engine import registry
-from engine.errors import PluginError, Problem, RecipeError
-from engine.hookspecs import SLOTS
+from engine.errors import Problem, RecipeError
 
-MAX_BYTES = 1_000_000
-MAX_NODES = 10_000
+MAX_BYTES = 100_000
+MAX_VALUES = 10_000
 MAX_DEPTH = 50
-SCHEMA = "schema"
-"""The name under which `base.yaml` asks for the typed top level of a recipe."""
+MAX_REFERENCES = 16
+"""`${…}` in one recipe: strings that repeat each other grow threefold with every third of them."""
 
-Path_ = tuple[str, ...]
+Keys = tuple[str, ...]
+Refusal = tuple[str, str]
+"""Why something has no place in a recipe, and what to do instead."""
+
+TOO_MANY_REFERENCES: Refusal = (
+    f"more than {MAX_REFERENCES} references to other values",
+    "write the values out",
+)
+
+_TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
+_DATA = {"str", "int", "float", "bool", "null", "seq", "map"}
+_CODE = re.compile(r"_(target|partial|args|recursive|convert)_")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_NOT_TEXT = re.compile(r"[\x00\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a key stands."""
+class Document:
+    """A recipe's text as plain data, the line of each key, and what was refused and left out."""
 
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
-@dataclass
-class Library:
-    """The folders that one composing looks into, and what it found there."""
-
-    folders: tuple[Path, ...]
-    schema: type[Any]
-    dropped: set[tuple[str, Path_]] = field(default_factory=set)
-    """Keys left out because they were reported already: (config, path in the file)."""
-    places: dict[Path_, tuple[Place, str, Path_]] = field(default_factory=dict)
-    """Key of the recipe → where it stands, and config and path in the file to drop it by."""
-    defaults: list[tuple[str, str, Place, str, Path_]] = field(default_factory=list)
-    """Entries of defaults lists: group, value, place, and how to drop them."""
-
-    def file(self, config: str) -> Path | None:
-        """Return the YAML file of a config, the first folder winning."""
-        for folder in self.folders:
-            file = folder / f"{config}.yaml"
-            if file.is_file():
-                return file
-        return None
-
-    def plugin(self, config: str) -> bool:
-        """Tell whether a config is a plugin's option class."""
-        group, _, name = config.rpartition("/")
-        return group in SLOTS and name in registry.installed()[group]
-
-    def names(self, group: str) -> list[str]:
-        """List the choices of a group, or the recipes when group is ''."""
-        found = set(registry.installed()[group]) if group in SLOTS else set()
-        for folder in self.folders:
-            place = folder / group
-            if place.is_dir():
-                found |= {file.stem for file in place.glob("*.yaml")}
-        return sorted(found)
+    content: dict[Any, Any]
+    lines: dict[Keys, int]
+    problems: tuple[Problem, ...] = ()
+    header: str | None = None
+    """What `# @package …` at the top says: the key that the content belongs under."""
 
 
-library: ContextVar[Library] = ContextVar("library")
-
-
-class Shelf(ConfigSource):
-    """Answer Hydra's questions from the current `Library`."""
-
-    @staticmethod
-    def scheme() -> str:
-        """Return what stands before `://` in Hydra's search path."""
-        return "engine"
-
-    def available(self) -> bool:
-        """Say that there is something to look into."""
-        return True
-
-    def is_group(self, config_path: str) -> bool:
-        """Tell whether there are choices under that name."""
-        group = config_path.strip("/")
-        return group == "" or (_plain(group) and bool(library.get().names(group)))
-
-    def is_config(self, config_path: str) -> bool:
-        """Tell whether there is a plugin or a YAML file of that name."""
-        config = _config_name(config_path)
-        if not _plain(config):
-            return False
-        here = library.get()
-        return config == SCHEMA or here.plugin(config) or here.file(config) is not None
-
-    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        """List the choices of a group."""
-        return library.get().names(config_path.strip("/"))
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        """Load an option class or a YAML file."""
-        config = _config_name(config_path)
-        here = library.get()
-        package: str | None = None
-        if config == SCHEMA:
-            node: Any = OmegaConf.structured(here.schema)
-        elif here.plugin(config):
-            node = _options(config, here)
-        else:
-            file = here.file(config)
-            if file is None:
-                raise ConfigLoadError(f"there is no {config}")
-            node, package = _from_yaml(config, file, here)
-        return ConfigResult(
-            provider=self.provider, path=self.path, config=node, header={"package": package}
-        )
-
-
-def _options(config: str, here: Library) -> DictConfig:
-    slot, _, name = config.rpartition("/")
-    shadow = here.file(config)
-    if shadow is not None:
-        raise RecipeError(
-            Problem(
-                message=f"{shadow} has the name of the installed plugin {slot}={name}",
-                hint="rename the file: a preset needs a name of its own",
-                code="shadowed-plugin",
-                slot=slot,
-                where=str(shadow),
-            )
-        )
-    choice = registry.find(slot, name)
-    try:
-        return OmegaConf.structured(choice.load())  # type: ignore[no-any-return]
-    except OmegaConfBaseException as error:
-        raise PluginError(
-            Problem(
-                message=f"{slot}={name} ({choice.distribution}) has options that a recipe cannot "
-                f"hold: {str(error).splitlines()[0]}",
-                hint="use int, float, bool, str, Enum, list, dict, or one of them | None",
-                code="plugin-options",
-                slot=slot,
-            )
-        ) from error
-
-
-def _from_yaml(config: str, file: Path, here: Library) -> tuple[DictConfig, str | None]:
-    group = config.rpartition("/")[0]
-    text = _read(file)
-    header = _package(text, file)
-    package = header if header is not None else group.replace("/", ".")
-    prefix = () if package in ("", "_global_") else tuple(package.split("."))
-    content, lines = read_yaml(text, str(file))
-    if group == "" and "defaults" not in content and config != "base":
-        content = {"defaults": ["base"], **content}
-    for path, line in lines.items():
-        place = Place(str(file), line)
-        if path[0] != "defaults":
-            here.places[prefix + path] = (place, config, path)
-        elif len(path) == 3:
-            entry, value = path[2], str(content["defaults"][int(path[1])][path[2]])
-            name = entry.removeprefix("override ").removeprefix("optional ").lstrip("/")
-            here.defaults.append((name, value, place, config, path[:2]))
-        elif len(path) == 2 and isinstance(content["defaults"][int(path[1])], str):
-            here.defaults.append((group, content["defaults"][int(path[1])], place, config, path))
-    _drop(content, (path for name, path in here.dropped if name == config))
-    return OmegaConf.create(content), header
-
-
-def _read(file: Path) -> str:
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise RecipeError(
-                Problem(
-                    message=f"a recipe has at most {MAX_BYTES:,} bytes",
-                    where=str(file),
-                    code="too-large",
-                )
-            )
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            Problem(
-                message=f"cannot read it as UTF-8 text: {error}", where=str(file), code="unreadable"
-            )
-        ) from error
-
-
-def _package(text: str, file: Path) -> str | None:
-    try:
-        return ConfigSource._get_header_dict(text)["package"]
-    except ValueError as error:
-        raise RecipeError(
-            Problem(message=str(error), where=f"{file}:1", code="header", hint="# @package NAME")
-        ) from error
-
-
-def read_yaml(text: str, file: str) -> tuple[dict[str, Any], dict[Path_, int]]:
-    """Parse a recipe into plain data, and the line of each key.
+def read_yaml(text: str, file: str) -> tuple[dict[Any, Any], dict[Keys, int]]:
+    """Return a recipe's text as plain data, and the line of each key.
 
     Raises:
         RecipeError: for YAML that is not a mapping, repeats a key, or could do more than hold
-            data; all such places in the file at once.
+            data; all such places in the text at once.
     """
-    loader = get_yaml_loader()(text)
+    document = parse(text, file)
+    if document.problems:
+        raise RecipeError(document.problems)
+    return document.content, document.lines
+
+
+def parse(text: str, file: str) -> Document:
+    """Return what of a text is data, and what is not as problems."""
+    loader: Any = None
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return {}, {}
-        problems: list[Problem] = []
-        lines: dict[Path_, int] = {}
-        if not isinstance(node, yaml.MappingNode):
-            problems.append(
-                _at(file, node, "a recipe is a mapping of keys to values", "model:\n    path: …")
-            )
-        else:
-            for count, problem in enumerate(_inspect(node, (), file, lines, 0)):
-                if isinstance(problem, Problem):
-                    problems.append(problem)
-                if count > MAX_NODES:
-                    problems.append(_at(file, node, f"more than {MAX_NODES:,} values in a recipe"))
-                    break
-        if problems:
-            raise RecipeError(problems)
-        content = loader.construct_document(node)
+        loader = get_yaml_loader()(text)
+        return replace(_Reader(loader, file).read(), header=_header(text))
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        what = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(
-            Problem(
-                message=f"not valid YAML: {what}",
-                hint="quote text that holds a colon, a brace or a hash; indent with spaces",
-                where=f"{file}:{line}",
-                code="yaml",
-            )
-        ) from error
-    except (ValueError, OverflowError) as error:
-        raise RecipeError(
-            Problem(message=f"not a value that YAML can hold: {error}", where=file, code="yaml")
-        ) from error
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        line = mark.line + 1 if mark else text.count("\n", 0, getattr(error, "position", 0)) + 1
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        hint = "quote text that holds a colon, a brace or a hash; indent with spaces"
+        return _nothing(f"not valid YAML: {what}", f"{file}:{line}", hint, "yaml")
+    except _Endless as error:
+        return _nothing(str(error), f"{file}:{error.line}", "write it flat and short", "too-large")
+    except RecursionError:
+        return _nothing(_TOO_DEEP, f"{file}:1", "write it flat and short", "too-large")
     finally:
-        loader.dispose()
-    return content, lines
+        if loader is not None:
+            loader.dispose()
 
 
-def _inspect(
-    node: yaml.Node, path: Path_, file: str, lines: dict[Path_, int], depth: int
-) -> Iterator[Problem | None]:
-    """Walk a node, noting lines; yields a problem or None per value, so that bombs are counted."""
-    yield None
-    if depth > MAX_DEPTH:
-        yield _at(file, node, f"nested more than {MAX_DEPTH} levels deep")
-        return
-    if not node.tag.startswith("tag:yaml.org,2002:") or ":python/" in node.tag:
-        yield _at(file, node, f"the tag {node.tag} asks for more than data", "leave the tag out")
-        return
-    if isinstance(node, yaml.ScalarNode):
-        refusal = hostile(node.value)
-        if refusal:
-            yield _at(file, node, *refusal)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[(*path, str(index))] = item.start_mark.line + 1
-            yield from _inspect(item, (*path, str(index)), file, lines, depth + 1)
-    elif isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key_node, value in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                yield _at(file, key_node, "a key is a word")
-                continue
-            key = key_node.value
-            if key in seen:
-                yield _at(file, key_node, f"'{key}' stands here and in line {seen[key]}: keep one")
-            refusal = hostile(key) or hostile_key(key, path)
-            if refusal:
-                yield _at(file, key_node, *refusal)
-            seen[key] = line
-            lines[(*path, key)] = line
-            yield from _inspect(value, (*path, key), file, lines, depth + 1)
-            if path == () and key == "defaults":
-                yield from _inspect_defaults(value, file)
-
-
-def _inspect_defaults(node: yaml.Node, file: str) -> Iterator[Problem]:
-    if not isinstance(node, yaml.SequenceNode):
-        yield _at(file, node, "'defaults' is a list", "defaults:\n  - base\n  - _self_")
-        return
-    for item in node.value:
-        if isinstance(item, yaml.MappingNode):
-            for key, value in item.value:
-                words = key.value.removeprefix("override ").removeprefix("optional ")
-                if words.lstrip("/").split("/")[0].split("@")[0] == "hydra":
-                    yield _at(file, key, *HYDRA)
-                yield from _leaves(words.lstrip("/"), key, file)
-                values = value.value if isinstance(value, yaml.SequenceNode) else [value]
-                for one in values:
-                    if isinstance(one, yaml.ScalarNode):
-                        yield from _leaves(one.value, one, file)
-        elif isinstance(item, yaml.ScalarNode):
-            yield from _leaves(item.value.lstrip("/"), item, file)
-
-
-def _leaves(name: str, node: yaml.Node, file: str) -> Iterator[Problem]:
-    if not _plain(name.split("@")[0].strip()) and name not in ("", "null", "~"):
-        yield _at(
-            file,
-            node,
-            f"'{name}' leaves the folders of recipes",
-            "defaults name a recipe or a choice, without '..', '\\' or a drive",
+def read_file(file: Path) -> Document:
+    """Read a recipe's file; one that cannot be read is a document with a problem."""
+    try:
+        text = _bytes(file).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        return _nothing(
+            f"cannot be read as UTF-8 text: {why}", str(file), "save it as UTF-8", "unreadable"
         )
+    if len(text) > MAX_BYTES:
+        message = f"larger than {MAX_BYTES:,} bytes, which no recipe is"
+        return _nothing(message, str(file), "keep names and values only", "too-large")
+    return parse(text, str(file))
 
 
-HYDRA = (
-    "settings of Hydra itself are not part of a recipe",
-    "leave 'hydra' out; plugins are installed with pip and chosen by name",
-)
+def is_file(file: Path) -> bool:
+    """Tell whether a path is a regular file; pipes, devices and impossible names are not."""
+    try:
+        return stat.S_ISREG(file.stat().st_mode)
+    except (OSError, ValueError):
+        return False
 
 
-def hostile_key(key: str, path: Path_) -> tuple[str, str] | None:
-    """Return why a key has no place in a recipe, and what to do; None if it has."""
-    if key.startswith("_") and key.strip("_") in ("target", "partial", "args", "recursive", "convert"):
-        return (
-            f"'{key}' names code; a recipe holds names and values only",
-            "choose an installed plugin by name: engine list",
-        )
-    if path == () and key.split("/")[0].split("@")[0] == "hydra":
-        return HYDRA
-    return None
+def yaml_files(folder: Path) -> list[Path]:
+    """List the regular `.yaml` files of a folder, none when it cannot be listed."""
+    try:
+        return sorted(file for file in folder.glob("*.yaml") if is_file(file))
+    except (OSError, ValueError):
+        return []
 
 
-def hostile(text: str) -> tuple[str, str] | None:
-    """Return why a value has no place in a recipe (a resolver), and what to do; None if it has."""
+def refuse_text(text: str) -> Refusal | None:
+    """Return why a text has no place in a recipe; None if it has."""
+    if _NOT_TEXT.search(text):
+        return f"{show(text)} holds characters that are not text", "leave them out"
+    if text.count("${") > MAX_REFERENCES:
+        return TOO_MANY_REFERENCES
     start = text.find("${")
     while start != -1:
-        depth, end = 1, start + 2
-        while end < len(text) and depth:
-            depth += (text[end] == "{") - (text[end] == "}")
-            if text[end] == ":" and depth:
-                return (
-                    f"'{text[:80]}' calls a resolver, which could read the environment or files",
-                    "write the value itself, or ${key} to repeat another key of the recipe",
-                )
-            end += 1
+        if ":" in _reference(text, start):
+            return (
+                f"{show(text)} calls a resolver, which could read the environment or files",
+                "write the value itself, or ${key} to repeat another key of the recipe",
+            )
         start = text.find("${", start + 2)
     return None
 
 
-def _at(file: str, node: yaml.Node, message: str, hint: str = "") -> Problem:
-    return Problem(
-        message=message, hint=hint, where=f"{file}:{node.start_mark.line + 1}", code="recipe"
-    )
+def refuse_key(key: str, *, top: bool) -> Refusal | None:
+    """Return why a key has no place in a recipe; None if it has."""
+    parts = re.split(r"[.:@/\[\]]", key.strip())
+    if any(_CODE.fullmatch(part.strip()) for part in parts):
+        return (
+            f"{show(key)} names code; a recipe holds names and values only",
+            "choose an installed plugin by name: engine list",
+        )
+    if top and next((part for part in parts if part), "") == "hydra":
+        return (
+            "settings of Hydra itself are not part of a recipe",
+            "leave 'hydra' out; plugins are installed with pip and chosen by name",
+        )
+    return None
 
 
-def _drop(content: dict[str, Any], paths: Iterator[Path_]) -> None:
-    # Deepest and last first: earlier indices of a list stay what they were.
-    for path in sorted(paths, key=lambda p: (len(p), p), reverse=True):
-        holder: Any = content
-        for key in path[:-1]:
-            holder = holder[int(key) if isinstance(holder, list) else key]
-        del holder[int(path[-1]) if isinstance(holder, list) else path[-1]]
+def show(text: object) -> str:
+    """Quote something that somebody typed, short and without control characters."""
+    plain = str(text)
+    plain = plain if len(plain) <= 80 else plain[:79] + "…"
+    return "'" + printable(plain) + "'"
 
 
-def _config_name(config_path: str) -> str:
-    return config_path.removesuffix(".yaml").strip("/")
+def as_typed(value: Any) -> Any:
+    """Return a value as people write it: null, true, the name of a member."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return value.name if isinstance(value, Enum) else value
 
 
-def _plain(name: str) -> bool:
-    parts = name.split("/")
-    return all(part not in ("", ".", "..") for part in parts) and not set(name) & set("\\:\0")
+def printable(text: str) -> str:
+    """Write control characters and halves of characters as escapes."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+class _Endless(Exception):
+    """Stop at YAML that is, or that aliases make, larger than any recipe."""
+
+    def __init__(self, message: str, node: yaml.Node) -> None:
+        super().__init__(message)
+        self.line = node.start_mark.line + 1
+
+
+class _Reader:
+    """Walk the nodes of one YAML text; what is refused leaves the tree before it is data."""
+
+    def __init__(self, loader: Any, file: str) -> None:
+        self._loader = loader
+        self._file = file
+        self._lines: dict[Keys, int] = {}
+        self._problems: list[Problem] = []
+        self._count = 0
+
+    def read(self) -> Document:
+        node = self._loader.get_single_node()
+        if node is None:
+            return Document({}, {})
+        if not isinstance(node, yaml.MappingNode):
+            self._refuse(node, "a recipe is a mapping of keys to values", "decode:\n  top_k: 5")
+            return Document({}, {}, tuple(self._problems))
+        content = self._loader.construct_document(node) if self._keep(node, (), 0) else {}
+        return Document(content, self._lines, tuple(self._problems))
+
+    def _keep(self, node: yaml.Node, path: Keys, depth: int) -> bool:
+        """Say whether a node may stay; children that may not are taken out of it."""
+        self._count += 1
+        if self._count > MAX_VALUES:
+            raise _Endless(f"more than {MAX_VALUES:,} values in a recipe", node)
+        if depth > MAX_DEPTH:
+            raise _Endless(_TOO_DEEP, node)
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _DATA:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            return self._refuse(
+                node, f"the YAML tag {show(tag)} asks for more than data", "leave the tag out"
+            )
+        if isinstance(node, yaml.MappingNode):
+            node.value = list(self._pairs(node, path, depth))
+        elif isinstance(node, yaml.SequenceNode):
+            node.value = list(self._items(node, path, depth))
+        elif isinstance(node, yaml.ScalarNode):
+            return self._keep_scalar(node)
+        return True
+
+    def _keep_scalar(self, node: yaml.ScalarNode) -> bool:
+        refusal = refuse_text(node.value)
+        if refusal:
+            return self._refuse(node, *refusal)
+        try:
+            self._loader.construct_object(node)
+        except (ValueError, KeyError, yaml.YAMLError):
+            kind = node.tag.rpartition(":")[2]
+            return self._refuse(
+                node, f"{show(node.value)} is no {kind} that can be held", "quote it, if it is text"
+            )
+        return True
+
+    def _items(self, node: yaml.SequenceNode, path: Keys, depth: int) -> Iterator[yaml.Node]:
+        for index, item in enumerate(node.value):
+            here = (*path, str(index))
+            self._lines[here] = item.start_mark.line + 1
+            # A refused item leaves a gap, so that indices go on naming the same lines.
+            if self._keep(item, here, depth + 1):
+                yield item
+            else:
+                yield yaml.ScalarNode("tag:yaml.org,2002:null", "", item.start_mark, item.end_mark)
+
+    def _pairs(
+        self, node: yaml.MappingNode, path: Keys, depth: int
+    ) -> Iterator[tuple[yaml.Node, yaml.Node]]:
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            if not self._keep_key(key, path, seen):
+                continue
+            line = key.start_mark.line + 1
+            seen[key.value] = line
+            self._lines[(*path, key.value)] = line
+            if self._keep(value, (*path, key.value), depth + 1):
+                yield key, value
+
+    def _keep_key(self, key: yaml.Node, path: Keys, seen: dict[str, int]) -> bool:
+        kind = key.tag.rpartition(":")[2]
+        if kind == "merge":
+            return self._refuse(key, "'<<' merges other keys in", "write the keys out")
+        if not isinstance(key, yaml.ScalarNode) or kind not in ("str", "int"):
+            what = show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
+            return self._refuse(key, f"{what} is read as {kind}, not as a key", "quote the word")
+        refusal = refuse_text(key.value) or refuse_key(key.value, top=path == ())
+        if refusal:
+            return self._refuse(key, *refusal)
+        if key.value in seen:
+            line = seen[key.value]
+            return self._refuse(
+                key, f"{show(key.value)} stands here and in line {line}", "keep one of them"
+            )
+        return self._keep_scalar(key)
+
+    def _refuse(self, node: yaml.Node, message: str, hint: str) -> bool:
+        where = f"{self._file}:{node.start_mark.line + 1}"
+        problem = Problem(message=message, hint=hint, where=where, code="recipe")
+        if problem not in self._problems:
+            self._problems.append(problem)
+        return False
+
+
+def _bytes(file: Path) -> bytes:
+    # Not blocking: a pipe that takes the file's place after the check cannot make it wait.
+    handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with os.fdopen(handle, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(0, "not a regular file")
+        return opened.read(MAX_BYTES + 1)
+
+
+def _header(text: str) -> str | None:
+    for line in text.splitlines():
+        found = re.match(r"\s*#\s*@package\s+(.*\S)", line)
+        if found:
+            return found[1]
+        if line.strip() and not line.lstrip().startswith("#"):
+            break
+    return None
+
+
+def _reference(text: str, start: int) -> str:
+    """Return a `${…}` from its start to the brace that closes it."""
+    depth = 0
+    for end in range(start + 1, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start:end]
+    return text[start:]
+
+
+def _nothing(message: str, where: str, hint: str, code: str) -> Document:
+    return Document({}, {}, (Problem(message=message, hint=hint, code=code, where=where),))

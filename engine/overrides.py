@@ -1,0 +1,169 @@
+"""Read overrides in Hydra's grammar, and refuse what a recipe could not say either."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from threading import Lock
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+
+from engine.errors import Problem
+from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
+from engine.source import MAX_DEPTH, Refusal, as_typed, printable, refuse_key, refuse_text, show
+
+MAX_LENGTH = 10_000
+
+FLAGS = {
+    "prompt": "-p TEXT",
+    "json": "--json",
+    "recipe": "the recipe's name comes first: engine run NAME",
+}
+"""Words that people take for keys of a recipe, and what to type instead."""
+
+_CHOOSABLE = (*SLOTS, "target")
+_parsing = Lock()  # antlr shares its tables between parsers
+
+
+def parse(lines: Sequence[str]) -> tuple[list[Override], list[Problem]]:
+    """Return the overrides that can be applied, and what is wrong with the others."""
+    parser = OverridesParser.create()
+    found: list[Override] = []
+    problems: list[Problem] = []
+    for line in lines:
+        override: Override | None = None
+        refusal = _refuse_line(line)
+        if refusal is None:
+            override, refusal = _parsed(parser, line)
+        if override is not None:
+            refusal = _refuse(override)
+        if override is not None and refusal is None:
+            found.append(_worded(override))
+        else:
+            message, hint = refusal or ("it cannot be parsed", "")
+            problems.append(
+                Problem(
+                    message=f"override {show(line)}: {message}",
+                    hint=hint,
+                    code="override",
+                    slot=_slot(override),
+                    where=place(line),
+                )
+            )
+    return found, problems
+
+
+def place(line: str) -> str:
+    """Return an override as its problems name it: as typed, but not endless."""
+    return printable(line if len(line) <= 200 else line[:199] + "…")
+
+
+def words(value: Any) -> Iterator[str]:
+    """Yield every key and value of a parsed value, as text."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from words(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from words(item)
+    else:
+        yield str(value)
+
+
+def _refuse_line(line: str) -> Refusal | None:
+    if len(line) > MAX_LENGTH:
+        return f"longer than {MAX_LENGTH:,} characters", "write a recipe file"
+    depth = deepest = 0
+    for character in line:
+        depth += (character in "[{(") - (character in "]})")
+        deepest = max(deepest, depth)
+    if deepest > MAX_DEPTH:
+        return f"nested more than {MAX_DEPTH} levels deep", "write it flat"
+    return refuse_text(line)
+
+
+def _parsed(parser: OverridesParser, line: str) -> tuple[Override | None, Refusal | None]:
+    try:
+        with _parsing:
+            return parser.parse_override(line), None
+    except (HydraException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        why = str(error).strip().splitlines()
+        return None, (
+            f"not of the form key=value: {printable(why[0]) if why else 'unreadable'}",
+            "key=value, where a value with spaces, commas or brackets is quoted: "
+            "'decode.stop=[\"a, b\"]'",
+        )
+
+
+def _refuse(override: Override) -> Refusal | None:
+    key = override.key_or_group
+    refusal = refuse_key(key, top=True)
+    if override.is_sweep_override():
+        return refusal or (
+            "names several values, and a run has one",
+            f"give one value, or quote it if the comma is part of it: '{key}=\"…\"'",
+        )
+    value = override.value()
+    for word in words(value):
+        # As text it may have been escaped: what counts is what Hydra understood.
+        refusal = refusal or refuse_text(word)
+    for word in _keys(value):
+        refusal = refusal or refuse_key(word, top=False)
+    return refusal or _refuse_key(override, key) or _refuse_choice(override, key, value)
+
+
+def _refuse_key(override: Override, key: str) -> Refusal | None:
+    if not key:
+        return "no key before '='", "key=value"
+    if "/" in key:
+        return "a key has dots, not slashes", key.replace("/", ".") + "=…"
+    if key in FLAGS:
+        return f"{show(key)} is no key of a recipe", FLAGS[key]
+    if override.package is not None:
+        return "places a choice elsewhere", f"one choice for each slot: {key}=…"
+    if key == "defaults" or key.startswith(("defaults.", "defaults[")):
+        return (
+            "the defaults list is written in the recipe's file",
+            "to choose for a slot: attention=sdpa",
+        )
+    return None
+
+
+def _refuse_choice(override: Override, key: str, value: Any) -> Refusal | None:
+    if key not in _CHOOSABLE or isinstance(value, dict) or override.is_delete():
+        return None
+    if override.is_force_add():
+        return "a choice is not added by force", f"{key}={value}"
+    if isinstance(value, list):
+        return f"{key} takes one choice", f"{key}={next(words(value), '…')}"
+    if isinstance(value, str) and {"/", "\\"} & set(value):
+        return "leaves the folders of recipes", f"a choice is a word: engine list {key}"
+    return None
+
+
+def _worded(override: Override) -> Override:
+    """Return an override with its choice as a word; `null` leaves an optional slot out."""
+    value = override.value()
+    if override.key_or_group not in _CHOOSABLE or isinstance(value, dict | str):
+        return override
+    if value is None and override.key_or_group in OPTIONAL_SLOTS:
+        override.type = OverrideType.DEL
+    elif not override.is_delete():
+        override._value = str(as_typed(value))
+    return override
+
+
+def _keys(value: Any) -> Collection[str]:
+    if isinstance(value, dict):
+        return [str(key) for key in value] + [k for item in value.values() for k in _keys(item)]
+    if isinstance(value, list):
+        return [key for item in value for key in _keys(item)]
+    return []
+
+
+def _slot(override: Override | None) -> str:
+    first = override.key_or_group.split(".")[0] if override is not None else ""
+    return first if first in SLOTS else ""
