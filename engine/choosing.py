@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.default_element import ResultDefault
@@ -59,7 +59,8 @@ class _Choosing:
                 chosen = self._attempt(shelf, self._given)
             except EngineError as error:
                 self._note_files(shelf)
-                self._mistakes.take(error)
+                for problem in error.problems:
+                    self._mistakes.add(**vars(replace(problem, where=self._mistakes.file)))
                 break
             except Exception as error:  # whatever Hydra says: a line of the recipe is the reason
                 self._leave_out(shelf, error)
@@ -110,21 +111,23 @@ class _Choosing:
 
     def _suspect(self, shelf: Shelf, error: Exception) -> Override | Entry | None:
         """Return the line without which Hydra gets further; the most particular one first."""
-        for override in reversed(self._given):
-            others = [other for other in self._given if other is not override]
-            if override.key_or_group in CHOICES and self._helps(others, self._dropped, error):
-                return override
         left = [one for one in _entries(shelf) if (one.config, one.index) not in self._dropped]
         # The recipe's own lines before those of what it builds on, the last one first.
         left.sort(key=lambda one: (one.config != self._name, not one.override, -one.index))
-        for entry in left:
-            if self._helps(self._given, self._dropped | {(entry.config, entry.index)}, error):
-                return entry
+        presets = [entry for entry in left if "/" in entry.config]
+        chosen = [one for one in reversed(self._given) if one.key_or_group in CHOICES]
+        suspects: list[Override | Entry] = [*presets, *chosen, *left]
+        for suspect in suspects:
+            if self._helps(suspect, error):
+                return suspect
         return None
 
-    def _helps(
-        self, given: list[Override], dropped: frozenset[tuple[str, int]], error: Exception
-    ) -> bool:
+    def _helps(self, suspect: Override | Entry, error: Exception) -> bool:
+        given, dropped = self._given, self._dropped
+        if isinstance(suspect, Override):
+            given = [other for other in given if other is not suspect]
+        else:
+            dropped |= {(suspect.config, suspect.index)}
         try:
             self._attempt(Shelf(self._library, dropped), given)
         except Exception as other:
@@ -132,9 +135,11 @@ class _Choosing:
         return True
 
     def _note_files(self, shelf: Shelf) -> None:
-        for part in shelf.parts.values():
+        for config, part in shelf.parts.items():
             for problem in part.problems:
                 self._mistakes.add(**vars(problem))
+            if part.problems and not part.values:
+                self._mistakes.lost.add(config.rpartition("/")[0])
             self._mistakes.whole = self._mistakes.whole and not part.problems
 
     def _note_choices(self, chosen: Chosen) -> None:
@@ -166,6 +171,8 @@ def _entries(shelf: Shelf) -> Iterator[Entry]:
 
 
 def _order(entry: Entry) -> str:
+    if "/" in entry.config:
+        return f"a preset is for its own slot; in the recipe: - override {entry.group}: …"
     if entry.override:
         return "base comes first, and entries with override come last"
     if entry.group:
