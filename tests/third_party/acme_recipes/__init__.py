@@ -1,0 +1,1 @@
+"""Plugins and recipes for Recipe Engine."""

@@ -1,0 +1,1 @@
+"""Recipes that `engine run` finds by name."""

@@ -1,0 +1,3 @@
+"""A module whose import fails."""
+
+import a_library_that_nobody_installed  # noqa: F401
