@@ -61,7 +61,8 @@ class Transformers:
         tokenizer = _tokenizer(folder, asked.trust_remote_code)
         with _LOADING, _quiet(), _registered(context.config, context.heads.converters):
             model, info = self._from_pretrained(context, folder)
-        checkpoint.verify_loaded(folder, info, model=model)
+        reshaped = [p for each in context.heads.converters for p in each.source_patterns]
+        checkpoint.verify_loaded(folder, info, model=model, tensors=tensors, reshaped=reshaped)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         if context.quantization.finish is not None:
             context.quantization.finish(model)

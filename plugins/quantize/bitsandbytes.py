@@ -223,12 +223,10 @@ def _finish(model: PreTrainedModel) -> None:
         module for module in model.modules() if isinstance(module, (Linear4bit, Linear8bitLt))
     ]
     if not packed:
-        kinds = {
-            type(module).__name__ for module in model.modules() if isinstance(module, nn.Linear)
-        }
+        kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)} - {"Linear"}
         raise RecipeError(
-            f"quantize=bitsandbytes packs plain linear layers only; {type(model).__name__} has "
-            f"{', '.join(sorted(kinds)) or 'none'}, most of its own kind or skipped",
+            f"quantize=bitsandbytes found nothing to pack in {type(model).__name__}: transformers "
+            f"gives it torch.nn.Linear only, and these layers are {', '.join(kinds) or 'skipped'}",
             hint="quantize=none",
         )
     for module in packed:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from engine.plugins.attention.native import NativeAttention
 
+from engine.contexts import Attention, AttentionContext
 from tests.conftest import Build
+from tests.models import tiny_config
 from tests.plugins.helpers import probe, receipt, verdict
 
 
@@ -16,6 +18,10 @@ def test_it_tells_what_transformers_chose(build: Build, family: str, implementat
     found = receipt(build(family=family), "attention")
     assert found.ok
     assert found.evidence["implementation"] == implementation
+
+
+def test_it_names_nothing() -> None:
+    assert NativeAttention().attention(AttentionContext(config=tiny_config("llama"))) == Attention()
 
 
 def test_no_attention_is_no_proof(build: Build) -> None:

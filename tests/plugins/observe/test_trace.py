@@ -10,6 +10,7 @@ import pytest
 from engine.plugins.observe.trace import Trace
 
 from engine import registry
+from engine.contexts import Event
 from engine.errors import EngineError, RecipeError
 from tests.conftest import Build
 from tests.plugins.helpers import hints, receipt, refusals, verdict
@@ -30,6 +31,8 @@ def test_every_hook_and_event_has_a_line(build: Build, tmp_path: Path) -> None:
     } - {"prepare"}  # that nobody answers
     events = [line["event"] for line in found if "event" in line]
     assert events == ["built", "started", "finished"]
+    session.hooks.observe(Event(kind="failed", data={"error": "none at all"}))
+    assert lines(path)[-2]["error"] == "none at all"
     assert next(line for line in found if line.get("event") == "finished")["new_tokens"] == 4
     assert all(line["seconds"] >= 0 for line in found if "hook" in line)
     assert all(line["time"] > 1.7e9 for line in found)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from engine.plugins.quantize.none import Unquantized
 
+from engine.contexts import QuantizeContext
 from engine.shape import read_shape
 from tests.conftest import Build
-from tests.models import FAMILIES
+from tests.models import FAMILIES, tiny_config
 from tests.plugins.helpers import receipt, shape_of, terms, verdict
 
 
@@ -22,6 +24,13 @@ def test_it_is_as_large_as_estimated(build: Build, family: str) -> None:
     assert terms(Unquantized(), shape, 1, dtype="auto") == terms(Unquantized(), shape, 1)
     half = terms(Unquantized(), shape, 1, dtype="bfloat16")[0].bytes
     assert evidence["bytes in float32"] == 2 * half
+
+
+def test_it_gives_no_config() -> None:
+    context = QuantizeContext(
+        config=tiny_config("llama"), dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert Unquantized().quantize(context).config is None
 
 
 def test_unknown_tensors_have_no_estimate(build: Build) -> None:
