@@ -268,20 +268,28 @@ def verify_loaded(
     info: Mapping[str, Any],
     *,
     model: PreTrainedModel,
+    tensors: Mapping[str, TensorInfo] | None = None,
+    reshaped: Iterable[str] = (),
     expected_missing: Iterable[str] = (),
     expected_unexpected: Iterable[str] = (),
 ) -> None:
     """Compare what `model` needed with what its checkpoint had, from `output_loading_info`.
 
-    Load with `ignore_mismatched_sizes=True`, so that shapes are told here. Tied weights and what
-    the model's class ignores are not in `info` anymore; the two `expected_…` are names or
-    patterns (`*.bias`) of what else may differ. Raises CheckpointError with all differences.
+    Load with `ignore_mismatched_sizes=True`, so that shapes are told here. transformers does not
+    compare those of layers that it quantizes: with `tensors` they are, but for names in which an
+    expression of `reshaped` is found. Tied weights and what the model's class ignores are not in
+    `info` anymore; the two `expected_…` are names or patterns (`*.bias`) of what else may differ.
+    Raises CheckpointError with all differences.
     """
     missing = _unmatched(info["missing_keys"], expected_missing)
     unexpected = _unmatched(info["unexpected_keys"], [*_RELICS, *expected_unexpected])
+    differing = [
+        *info["mismatched_keys"],
+        *_linear_mismatches(tensors or {}, model, [re.compile(each) for each in reshaped]),
+    ]
     shapes = [
         f"{name} has shape {list(there)} in the checkpoint and {list(needed)} in the model"
-        for name, there, needed in sorted(info["mismatched_keys"])
+        for name, there, needed in sorted({(n, tuple(t), tuple(s)) for n, t, s in differing})
     ]
     kind = type(model).__name__
     total = sum(1 for _ in model.parameters())
@@ -315,6 +323,22 @@ def verify_loaded(
     ]
     if problems:
         raise CheckpointError(problems)
+
+
+def _linear_mismatches(
+    tensors: Mapping[str, TensorInfo], model: PreTrainedModel, reshaped: list[re.Pattern[str]]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if weight not in tensors or any(each.search(weight) for each in reshaped):
+            continue
+        if tensors[weight].dtype.startswith(("U", "I")):
+            continue  # packed by whoever made the checkpoint
+        rows, columns = getattr(module, "out_features", 0), getattr(module, "in_features", 0)
+        there = tensors[weight].shape
+        # A layer of Conv1D has them the other way round.
+        if rows and columns and sorted(there) != sorted((rows, columns)):
+            yield weight, there, (rows, columns)
 
 
 def _unmatched(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
