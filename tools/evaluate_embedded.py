@@ -46,7 +46,7 @@ def load(path: Path, dtype: str) -> tuple[Any, Any]:
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            # The packed format for some processors gives wrong results for small matrices.
+            # As the engine does: no repacking on first use, the same weights on every processor.
             module.support_avx512bf16_for_cpu = False
     return model.eval(), tokenizer
 
