@@ -70,9 +70,10 @@ class Random:
                 ) from error
         if context.quantization.config is not None:
             model = _quantized(model, context, options)
+        else:
+            model.to(context.device)
         if context.quantization.finish is not None:
             context.quantization.finish(model)
-        model.to(context.device)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         return LoadedRandom(model=model.eval(), tokenizer=tokenizer, seed=seed)
 
@@ -98,7 +99,7 @@ class Random:
                 f"SHA-256 of {SAMPLE} values per tensor": digest.hexdigest()[:16],
                 "device": str(model.device),
             },
-            ok=spread > 0 and not model.training and model.device == session.device,
+            ok=spread > 0 and not model.training and model.device.type == session.device.type,
         )
 
 

@@ -75,7 +75,7 @@ class Transformers:
         """Count what is in memory, and where."""
         model, loaded = session.model, session.built["load"]
         held = [*model.parameters(), *model.buffers()]
-        devices = {str(tensor.device) for tensor in held}
+        devices = {tensor.device for tensor in held}
         yield Receipt(
             slot="load",
             claim="all of the checkpoint is in memory, and nothing else",
@@ -85,10 +85,10 @@ class Transformers:
                 "parameters": model.num_parameters(),
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
                 "dtype": str(model.dtype).removeprefix("torch."),
-                "device": ", ".join(sorted(devices)),
+                "device": ", ".join(sorted(map(str, devices))),
                 "files verified by checksum": loaded.checksums,
             },
-            ok=devices == {str(session.device)}
+            ok={device.type for device in devices} == {session.device.type}
             and not model.training
             and (loaded.tensors > 0 or self.allow_pickle),
         )
