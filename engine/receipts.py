@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 from engine.contexts import Receipt
 from engine.errors import PluginError, Problem
@@ -11,14 +12,14 @@ from engine.hookspecs import OPTIONAL_SLOTS
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import Cache, PretrainedConfig
 
     from engine.probe import Probe
     from engine.registry import Chosen
     from engine.session import Session
 
-DEPTH = 6
-"""How deep inside of a cache its tensors may lie."""
+MAX_OBJECTS = 100_000
+"""Objects inside of a cache that are looked at."""
 
 Contradiction = tuple[str, Mapping[str, str | int]]
 """What should have been seen, and what was seen."""
@@ -84,8 +85,9 @@ def _heads(session: Session, probe: Probe) -> Iterator[Contradiction]:
 def _quantize(session: Session, probe: Probe) -> Iterator[Contradiction]:
     quantization = session.built["quantize"]
     packed = sum(map(_is_packed, [*session.model.parameters(), *session.model.buffers()]))
-    if quantization.config is not None and not packed:
-        yield "its quantization config packs weights", {"packed tensors": 0}
+    says = "weights.packed" in getattr(session.hooks.slot("quantize").plugin, "provides", ())
+    if not packed and (quantization.config is not None or says):
+        yield "it packs weights", {"packed tensors": 0}
     elif quantization.config is None and quantization.finish is None and not packed:
         yield from _idle(session, "quantize")
 
@@ -111,7 +113,7 @@ def _cache(session: Session, probe: Probe) -> Iterator[Contradiction]:
     held = int(cache.get_seq_length())
     if held != sent:
         yield "it knows the tokens that went through the model", {"known": held, "sent": sent}
-    kept = sum(tensor.numel() for tensor in _tensors(cache))
+    kept = _numbers(cache)
     if kept <= sent:  # a counter or two, at most
         yield "it keeps keys and values", {"numbers kept": kept, "tokens sent": sent}
 
@@ -155,21 +157,26 @@ def _is_packed(tensor: torch.Tensor) -> bool:
     return tensor.dim() > 1 and tensor.dtype.itemsize <= 4 and tensor.dtype != torch.bool
 
 
-def _tensors(value: Any, depth: int = DEPTH) -> Iterator[torch.Tensor]:
-    """Yield the tensors inside of a cache, however it keeps them."""
+def _numbers(cache: Cache) -> int:
+    """Count the numbers in the tensors inside of a cache, however it keeps them."""
     from torch import Tensor
     from torch.nn import Module
 
-    if isinstance(value, Tensor):
-        yield value
-    elif depth and isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item, depth - 1)
-    elif depth and isinstance(value, list | tuple | set):
-        for item in value:
-            yield from _tensors(item, depth - 1)
-    elif depth and hasattr(value, "__dict__") and not isinstance(value, type | Module):
-        yield from _tensors(vars(value), depth - 1)
+    found, seen, ahead = 0, set[int](), [cast(object, cache)]
+    while ahead and len(seen) < MAX_OBJECTS:
+        value = ahead.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found += value.numel()
+        elif isinstance(value, Mapping):
+            ahead += value.values()
+        elif isinstance(value, list | tuple | set):
+            ahead += value
+        elif not isinstance(value, type | ModuleType | Module) and hasattr(value, "__dict__"):
+            ahead.append(vars(value))
+    return found
 
 
 def _broken(session: Session, receipt: Receipt) -> Problem:

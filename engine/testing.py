@@ -153,7 +153,7 @@ class PluginContract:
         hints = typing.get_type_hints(self.plugin)
         for field in dataclasses.fields(self.plugin):
             kinds = _kinds(hints[field.name])
-            if Any in kinds or str in kinds:
+            if kinds & {Any, str, bytes, Path}:
                 continue  # where text is right, nothing that can be typed is wrong
             try:
                 OmegaConf.merge(OmegaConf.structured(self.plugin), {field.name: "no such value"})
