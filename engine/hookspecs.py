@@ -24,6 +24,9 @@ A plugin may state, as class attributes or properties,
     excludes = {"cache.quantized": "cache=dynamic"} # trait → what to type when it is there
     engine_api = ">=1,<2"                           # hook contracts it works with
 
+A choice that changes nothing is an error, unless that is its point and it says so: with the trait
+`<slot>.unchanged` (`quantize`, `heads`, `position_encoding`, `attention`), or `cache.none`.
+
 An exception or a wrong type from a hook is reported with the plugin's name, the hook and the
 distribution it comes from (exit code 5). Raise `engine.errors.RecipeError` to refuse an option.
 """

@@ -25,6 +25,10 @@ def _contract(plugin: type[Any], slot: str = "attention", **settings: Any) -> Pl
     return made
 
 
+class Mode(Enum):
+    fast = "fast"
+
+
 @dataclass
 class Good:
     """Compute attention as PyTorch does."""
@@ -139,9 +143,6 @@ def test_options_that_come_back_otherwise() -> None:
 
 
 def test_options_that_may_be_text_are_left_alone() -> None:
-    class Mode(Enum):
-        fast = "fast"
-
     @dataclass
     class Typed:
         anything: Any = 3
