@@ -6,29 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from engine.conversation import Conversation
 from engine.errors import RuntimeFailure
 from engine.generate import capacity
 from engine.session import Session
+from tests import plain
 from tests.conftest import Build
 
 TURNS = ["hello", "and you?", "once more, with feeling"]
 
 
 def _fresh(session: Session, ids: list[int], new: int) -> list[int]:
-    """Return the greedy tokens of plain transformers behind these token ids, without a cache."""
-    model = AutoModelForCausalLM.from_pretrained(
-        Path(session.recipe.model.path), dtype=torch.float32, attn_implementation="eager"
-    )
-    given = torch.tensor([ids])
-    out = model.generate(
-        given, attention_mask=torch.ones_like(given), max_new_tokens=new, do_sample=False,
-        use_cache=False,
-    )  # fmt: skip
-    return list(out[0, len(ids) :].tolist())
+    """Return the tokens of a run that has no cache to get wrong."""
+    return plain.greedy(Path(session.recipe.model.path), ids, new, use_cache=False)
 
 
 def _converse(session: Session) -> Iterator[tuple[Conversation, list[int], list[int]]]:

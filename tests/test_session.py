@@ -8,22 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import engine
 from engine.errors import PluginError, RecipeError, RuntimeFailure
+from tests import plain
 from tests.conftest import Build
-
-
-def _plain(folder: Path, prompt: str, new: int) -> list[int]:
-    """Return the greedy tokens of plain transformers, eager, float32."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    out = model.generate(**inputs, max_new_tokens=new, do_sample=False)
-    return list(out[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def test_a_stream_gives_pieces_then_its_output(build: Build) -> None:
@@ -31,7 +21,8 @@ def test_a_stream_gives_pieces_then_its_output(build: Build) -> None:
     stream = session.stream("def add")
     text = "".join(stream)
     assert stream.output.text == text
-    assert stream.output.token_ids == _plain(Path(session.recipe.model.path), "def add", 12)
+    ids = list(session.tokenizer("def add")["input_ids"])
+    assert stream.output.token_ids == plain.greedy(Path(session.recipe.model.path), ids, 12)
     figures = stream.output.figures
     assert figures.new_tokens == 12
     assert figures.forwarded_tokens == figures.prompt_tokens + 11

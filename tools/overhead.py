@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,9 +31,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    folder = checkpoint.locate(arguments.model, None, download=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    folder = checkpoint.fetch_weights(arguments.model, None)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    auto: Any = AutoModelForCausalLM
+    plain = auto.from_pretrained(folder, dtype=torch.float32).eval()
     plain.generation_config.eos_token_id = None
     inputs = tokenizer(PROMPT, return_tensors="pt")
     recipe = engine.compose(
