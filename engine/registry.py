@@ -81,6 +81,31 @@ class Choice:
         _origins[self.slot, found] = self.distribution
         return found
 
+    def verify(self) -> type[Any]:
+        """Import the class, and hold its options and hooks against the contract."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        found = self.load()
+        try:
+            OmegaConf.structured(found)
+        except OmegaConfBaseException as error:
+            why = f"has options that a recipe cannot hold: {str(error).splitlines()[0]}"
+            raise self._broken(why) from error
+        required = [
+            field
+            for field in dataclasses.fields(found)
+            if field.default is field.default_factory is dataclasses.MISSING
+        ]
+        if not required:
+            try:
+                Hooks([Chosen(self.slot, self.name, found())])
+            except EngineError:
+                raise
+            except Exception as error:
+                raise self._broken(f"refuses its own defaults: {error}") from error
+        return found
+
     def _works_with_us(self, required: object) -> bool:
         from packaging.specifiers import InvalidSpecifier, SpecifierSet
 

@@ -395,6 +395,7 @@ def test_verify_shows_what_is_broken_and_why(both: Path, run: Command) -> None:
     rows = json.loads(done.stdout)
     broken = {f"{row['group']}={row['name']}" for row in rows if row["ok"] is False}
     unusable = {"absent", "quitting", "function", "plain", "frozen", "future", "unreadable"}
+    unusable |= {"untyped", "misspelled", "misnamed", "elsewhere", "traits"}
     assert {f"attention={name}" for name in unusable} <= broken
     assert "attention=sdpa" in broken
     assert not {f"{slot}=puppet" for slot in SLOTS} & broken

@@ -85,7 +85,7 @@ def _plugin(group: str, name: str, claim: Choice, verify: bool, claims: int) -> 
     if not verify:
         return Row(group, name, "plugin", claim.distribution)
     try:
-        about = (claim.load().__doc__ or "").strip().partition("\n")[0]
+        about = (claim.verify().__doc__ or "").strip().partition("\n")[0]
         return Row(group, name, "plugin", claim.distribution, about, ok=True)
     except EngineError as error:
         return Row(group, name, "plugin", claim.distribution, error.problems[0].message, ok=False)

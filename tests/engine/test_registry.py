@@ -128,6 +128,29 @@ def test_a_broken_plugin_is_named(code: str, says: str, distribute: Distribute) 
     assert "uninstall odd 1.5" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ("    odd: complex = 1j", "has options that a recipe cannot hold"),
+        ("    def __post_init__(self): 1 / 0", "refuses its own defaults: division by zero"),
+        ("    provides = 'cache.static'", "hook provides: 'cache.static'"),
+    ],
+)
+def test_verifying_finds_what_importing_does_not(
+    more: str, says: str, distribute: Distribute
+) -> None:
+    distribute("odd", "[engine.cache]\nodd = odd:A\n", PLUGIN + more)
+    assert registry.find("cache", "odd").load()
+    with pytest.raises(PluginError, match=says) as caught:
+        registry.find("cache", "odd").verify()
+    assert "odd 1.5" in str(caught.value)
+
+
+def test_verifying_does_not_need_options_that_have_no_default(distribute: Distribute) -> None:
+    distribute("odd", "[engine.cache]\nodd = odd:A\n", PLUGIN.replace(" = 1", ""))
+    assert registry.find("cache", "odd").verify().__name__ == "A"
+
+
 def test_a_plugin_for_this_contract_is_taken(distribute: Distribute) -> None:
     distribute("old", "[engine.cache]\nold = old:A\n", PLUGIN + "    engine_api = '>=1,<2'")
     assert registry.find("cache", "old").load().engine_api == ">=1,<2"
