@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from engine.plugins.attention.eager import Eager
 
+from engine.plugins.attention.eager import Eager
 from tests.conftest import Build
 from tests.plugins.helpers import hints, logits, plain, probe, receipt, relative, shape_of, verdict
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from engine.plugins.attention.native import NativeAttention
 
 from engine.contexts import Attention, AttentionContext
+from engine.plugins.attention.native import NativeAttention
 from tests.conftest import Build
 from tests.models import tiny_config
 from tests.plugins.helpers import probe, receipt, verdict

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from engine.plugins.attention.sdpa import Sdpa
 
 from engine.errors import RecipeError
+from engine.plugins.attention.sdpa import Sdpa
 from tests.conftest import Build
 from tests.plugins.helpers import (
     hints,

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.plugins.cache.dynamic import Dynamic
 
 from engine.contexts import CacheContext
+from engine.plugins.cache.dynamic import Dynamic
 from tests.conftest import Build
 from tests.plugins.helpers import plain, probe, receipt, shape_of, terms, verdict
 

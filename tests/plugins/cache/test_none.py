@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from engine.plugins.cache.none import NoCache
-
 from tests.conftest import Build
 from tests.plugins.helpers import probe, receipt, verdict
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine.plugins.cache.static import Static
 
 from engine.contexts import CacheContext
 from engine.errors import RecipeError, RuntimeFailure
+from engine.plugins.cache.static import Static
 from tests.conftest import Build
 from tests.plugins.helpers import hints, probe, receipt, refusals, shape_of, terms, verdict
 

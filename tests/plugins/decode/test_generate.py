@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine.plugins.decode.generate import Generate, GenerateDecoder
 from transformers import AutoTokenizer, DynamicCache
 
 from engine.contexts import DecodeContext, Generation
+from engine.plugins.decode.generate import Generate, GenerateDecoder
 from tests.conftest import Build
 from tests.plugins.helpers import IDS, hints, plain, receipt, verdict
 

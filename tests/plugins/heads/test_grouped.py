@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine.plugins.heads.grouped import GroupedHeads
 from transformers import conversion_mapping
 
 from engine.contexts import HeadsContext
 from engine.errors import EngineError, RecipeError
+from engine.plugins.heads.grouped import GroupedHeads
 from tests.conftest import Build
 from tests.models import tiny_model
 from tests.plugins.helpers import hints, logits, plain, receipt, relative, shape_of, verdict

@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from engine.plugins.heads.native import NativeHeads
 
+from engine.plugins.heads.native import NativeHeads
 from tests.conftest import Build
 from tests.plugins.helpers import receipt, verdict
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine.plugins.load.random import Random
 
 from engine.errors import CheckpointError
+from engine.plugins.load.random import Random
 from tests.conftest import Build
 from tests.models import FAMILIES
 from tests.plugins.helpers import logits, receipt, relative, verdict

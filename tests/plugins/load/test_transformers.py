@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.plugins.load.transformers import Transformers
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from engine.errors import CheckpointError
+from engine.plugins.load.transformers import Transformers
 from tests.conftest import Build
 from tests.plugins.helpers import logits, plain, receipt, verdict
 

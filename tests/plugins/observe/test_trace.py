@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.plugins.observe.trace import Trace
 
 from engine import registry
 from engine.contexts import Event
 from engine.errors import EngineError, RecipeError
+from engine.plugins.observe.trace import Trace
 from tests.conftest import Build
 from tests.plugins.helpers import hints, receipt, refusals, verdict
 

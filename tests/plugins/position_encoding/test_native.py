@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from engine.plugins.position_encoding.native import NativePositions
 
+from engine.plugins.position_encoding.native import NativePositions
 from tests.conftest import Build
 from tests.plugins.helpers import receipt, verdict
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.plugins.position_encoding.yarn import Yarn
 from transformers import AutoConfig
 
 from engine.contexts import PositionContext
 from engine.errors import RecipeError
+from engine.plugins.position_encoding.yarn import Yarn
 from tests.conftest import Build
 from tests.models import tiny_config
 from tests.plugins.helpers import hints, logits, plain, receipt, relative, shape_of, verdict

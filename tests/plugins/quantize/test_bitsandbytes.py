@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine.plugins.quantize import bitsandbytes as module
-from engine.plugins.quantize.bitsandbytes import BitsAndBytes, ComputeDtype, QuantType
 from transformers import BitsAndBytesConfig
 
 from engine.errors import RecipeError
+from engine.plugins.quantize import bitsandbytes as module
+from engine.plugins.quantize.bitsandbytes import BitsAndBytes, ComputeDtype, QuantType
 from engine.session import Session
 from tests.conftest import Build
 from tests.plugins.helpers import (

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.plugins.quantize.none import Unquantized
 
 from engine.contexts import QuantizeContext
+from engine.plugins.quantize.none import Unquantized
 from engine.shape import read_shape
 from tests.conftest import Build
 from tests.models import FAMILIES, tiny_config
