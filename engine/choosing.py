@@ -158,7 +158,8 @@ class _Choosing:
 
     def _where(self, chosen: Chosen, group: str, choice: str) -> str:
         for override in reversed(self._given):
-            if override.key_or_group == group and override.value() == choice:
+            given = override.value()
+            if override.key_or_group == group and (given == choice or "${" in str(given)):
                 return overrides.place(override.input_line or "")
         entries = [entry for entry in _entries(chosen.shelf) if entry.group == group]
         entries.sort(key=lambda entry: entry.choice != choice)

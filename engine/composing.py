@@ -143,7 +143,8 @@ class Composing:
     def _inspect(self, config: DictConfig) -> None:
         self._inspect_slots(config)
         self._inspect_keys(config, ())
-        named = _raw(config)["model"].get("path") not in ("", "???")
+        model = _raw(config)["model"]
+        named = not isinstance(model, dict) or model.get("path") not in ("", "???")
         if (
             self._mistakes.whole
             and not named
@@ -198,6 +199,16 @@ class Composing:
             child = node._get_node(key)
             if known is not None and key not in known:
                 self._mistakes.unknown_key(here, known)
+            elif isinstance(child, DictConfig | ListConfig) and child._is_interpolation():
+                # It would take the place of a typed node without having its type.
+                self._mistakes.lost.add(here[0])
+                self._mistakes.add(
+                    f"{'.'.join(here)}: a reference stands for one value, not for many",
+                    hint="write the values themselves",
+                    code="value",
+                    slot=here[0] if here[0] in SLOTS else "",
+                    where=self._mistakes.where(here),
+                )
             elif isinstance(child, DictConfig):
                 self._inspect_keys(child, here)
 

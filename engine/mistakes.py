@@ -102,6 +102,7 @@ class Mistakes:
         if owner in self.choices:
             owner = f"{owner}={self.choices[owner]}"
         close = nearest(path[-1], known)
+        self.bad.add((*path[:-1], close))
         guess = f"did you mean {'.'.join([*path[:-1], close])}? " if close else ""
         if "." in path[-1]:
             self.bad.add((*path[:-1], *path[-1].split(".")))
@@ -136,12 +137,13 @@ class Mistakes:
                 return
             if fields is None and node is not None and not isinstance(node, DictConfig):
                 path, value = path[:depth], f"{path[depth]}: {value}"
+                self.bad.add(path)
                 break
             node = _child(node, part)
         slot = path[0] if path[0] in SLOTS else ""
         key = ".".join(path)
         kind, hint = _expected(node, key)
-        if "${" in str(value):
+        if "${" in str(value) and options(node) is None:
             kind, hint = "", "write the value itself, or ${key} to repeat another key"
         message = f"{key} is {show(as_typed(value))}, where {kind} is due" if kind else ""
         self.add(

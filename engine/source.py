@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 from omegaconf._utils import get_yaml_loader
+from omegaconf.errors import GrammarParseError
+from omegaconf.grammar_parser import parse as parse_reference
 
 from engine.errors import Problem, RecipeError
 
@@ -222,6 +224,9 @@ class _Reader:
         refusal = refuse_text(node.value)
         if refusal:
             return self._refuse(node, *refusal)
+        if "${" in node.value and not _is_reference(node.value):
+            hint = "${key} repeats another key, and \\${ stands for the characters"
+            return self._refuse(node, f"{show(node.value)} is no reference", hint)
         try:
             self._loader.construct_object(node)
         except (ValueError, KeyError, yaml.YAMLError):
@@ -296,6 +301,14 @@ def _header(text: str) -> str | None:
         if line.strip() and not line.lstrip().startswith("#"):
             break
     return None
+
+
+def _is_reference(text: str) -> bool:
+    try:
+        parse_reference(text)
+    except (GrammarParseError, RecursionError):
+        return False
+    return True
 
 
 def _reference(text: str, start: int) -> str:
