@@ -19,7 +19,7 @@ from engine.contexts import (
     QuantizeContext,
     TaskContext,
 )
-from engine.errors import CheckpointError, EngineError, Problem
+from engine.errors import CheckpointError, EngineError, Problem, RecipeError
 from engine.recipe import Recipe
 from engine.session import Session
 from engine.verdict import check
@@ -63,7 +63,8 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
     try:
         _build(session, folder, progress)
     except BaseException:
-        session.close()
+        with suppress(EngineError):  # what went wrong first is what is told
+            session.close()
         raise
     return session
 
@@ -169,6 +170,16 @@ def _register(session: Session, attention: Attention) -> str | None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     one = session.hooks.slot("attention")
+    if "model.attention_interface" not in session.shape.traits:
+        raise RecipeError(
+            Problem(
+                message=f"{one.label} brings attention of its own, and the code of "
+                f"{session.shape.model_type} takes none from outside",
+                hint="attention=native",
+                code="attention-interface",
+                slot="attention",
+            )
+        )
     forward = attention.forward
     # Without 'sdpa', 'flash', 'flex' or '/': transformers gives names with these a meaning.
     name = f"engine:{next(_numbers)}"

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PretrainedConfig
 
+    from engine.calls import Chosen
     from engine.probe import Probe
-    from engine.registry import Chosen
     from engine.session import Session
 
 MAX_OBJECTS = 100_000

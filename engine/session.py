@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from engine.hooks import Hooks
     from engine.recipe import Recipe
-    from engine.registry import Hooks
+    from engine.shape import ModelShape
 
 
 @dataclass(eq=False, kw_only=True)
@@ -75,11 +76,16 @@ class Session:
         return self.built["task"]  # type: ignore[no-any-return]
 
     @cached_property
-    def context_tokens(self) -> int | None:
-        """Return how many tokens the model has positions for, or None if it has no limit."""
+    def shape(self) -> ModelShape:
+        """Return what the config says of the model, after the hooks have changed it."""
         from engine.shape import read_shape
 
-        return read_shape(self.config.to_dict()).max_positions
+        return read_shape(self.config.to_dict())
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Return how many tokens the model has positions for, or None if it has no limit."""
+        return self.shape.max_positions
 
     @cached_property
     def embedding_rows(self) -> int:
@@ -95,7 +101,8 @@ class Session:
 
     def stream(self, prompt: str) -> Stream:
         """Answer piece by piece; after the last piece `.output` holds text, tokens and figures."""
-        return self.task.stream(prompt)
+        with self.hooks.blaming(self.hooks.slot("task"), "task"):
+            return self.task.stream(prompt)
 
     @overload
     def generate(self, prompts: str) -> Output: ...
@@ -104,15 +111,17 @@ class Session:
     def generate(self, prompts: str | list[str]) -> Output | list[Output]:
         """Answer one prompt, or several together as one batch."""
         if isinstance(prompts, list):
-            return self.task.batch(prompts)
-        stream = self.task.stream(prompts)
+            with self.hooks.blaming(self.hooks.slot("task"), "task"):
+                return self.task.batch(prompts)
+        stream = self.stream(prompts)
         for _ in stream:
             pass
         return stream.output
 
     def chat(self) -> Chat:
         """Start a conversation; its cache carries over from turn to turn."""
-        return self.task.chat()
+        with self.hooks.blaming(self.hooks.slot("task"), "task"):
+            return self.task.chat()
 
     def new_cache(self, batch: int, max_tokens: int) -> KeyValues:
         """Make room for the keys and values of `max_tokens` tokens in each of `batch` sequences."""
@@ -132,12 +141,15 @@ class Session:
 
     def close(self) -> None:
         """Let go of the model, and of what was registered for it."""
-        while self.on_close:
-            self.on_close.pop()()
         close = getattr(self.built.get("decode"), "close", None)
-        if close is not None:
-            close()
-        self.built.clear()
+        try:
+            if close is not None:
+                with self.hooks.blaming(self.hooks.slot("decode"), "decode"):
+                    close()
+        finally:
+            while self.on_close:
+                self.on_close.pop()()
+            self.built.clear()
         with suppress(ImportError):
             import torch
 

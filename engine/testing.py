@@ -30,8 +30,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 
 import engine
+from engine.calls import HOOKS, PROVIDERS, Chosen
+from engine.hooks import Hooks
 from engine.hookspecs import SLOTS
-from engine.registry import HOOKS, PROVIDERS, Choice, Chosen, Hooks, installed
+from engine.registry import Choice, installed
 
 if TYPE_CHECKING:
     from engine.contexts import CheckContext

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from engine import checkpoint
+from engine.calls import Chosen
 from engine.checkpoint import TensorInfo
 from engine.contexts import CheckContext, EstimateContext, Term
 from engine.errors import CheckpointError, DoesNotFit, EngineError, Problem, RecipeError
+from engine.hooks import Hooks
 from engine.recipe import Recipe, slots
-from engine.registry import Chosen, Hooks
 from engine.shape import ModelShape, read_shape
 from engine.target import Target, resolve
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import hookspecs, recipe, registry, verdict
+from engine import calls, hookspecs, recipe, registry, verdict
 from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +100,7 @@ def test_every_plugin_answers_its_slot_and_proves_it(slot: str) -> None:
             assert hasattr(plugin, "receipts"), f"{slot}={name} gives no receipts"
 
 
-HOOKS = [*registry.PROVIDERS, *registry.COLLECTING]
+HOOKS = [*calls.PROVIDERS, *calls.COLLECTING]
 
 
 @pytest.mark.parametrize("hook", HOOKS)
@@ -111,7 +111,7 @@ def test_every_hook_is_documented(hook: str) -> None:
     assert first.split()[0] in {"Refuse", "Name", "Say", "Supply", "Make", "Prove", "Look"}
     assert ("Provider." in text) != ("Collecting." in text)
     assert "@hookimpl" in text, "an example"
-    assert ("Provider." in text) == (hook in registry.PROVIDERS)
+    assert ("Provider." in text) == (hook in calls.PROVIDERS)
 
 
 def test_the_hooks_are_those_of_the_file() -> None:

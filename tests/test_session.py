@@ -119,7 +119,7 @@ def test_closing_gives_the_model_back(build: Build) -> None:
 def test_a_failing_build_leaves_nothing_behind(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.receipts._witness", lambda session: 1 / 0)
+    monkeypatch.setattr("engine.receipts._contradictions", lambda *_: 1 / 0)
     before = set(AttentionInterface._global_mapping)
     with pytest.raises(ZeroDivisionError):
         build()

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import pytest
 
 from engine import hookimpl, registry
+from engine.calls import Chosen
 from engine.contexts import Attention, KeyValues, Receipt, Term
 from engine.errors import PluginError, Problem, RecipeError, RuntimeFailure
-from engine.registry import Chosen, Hooks
+from engine.hooks import Hooks
 
 CONTEXT: Any = object()
 """Hooks hand it on without a look."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine import registry
+from engine import calls
 from engine.contexts import Event
 from engine.errors import EngineError, RecipeError
 from engine.plugins.observe.trace import Trace
@@ -26,8 +26,8 @@ def test_every_hook_and_event_has_a_line(build: Build, tmp_path: Path) -> None:
     session.generate("def add")
     found = lines(path)
     assert {line["hook"] for line in found if "hook" in line} >= {
-        *registry.PROVIDERS,
-        *registry.COLLECTING,
+        *calls.PROVIDERS,
+        *calls.COLLECTING,
     } - {"prepare"}  # that nobody answers
     events = [line["event"] for line in found if "event" in line]
     assert events == ["built", "started", "finished"]
