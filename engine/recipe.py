@@ -17,9 +17,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from engine.composing.source import is_file, printable, show, yaml_files
 from engine.errors import EngineError, Problem, RecipeError, choices_hint
 from engine.hookspecs import SLOTS
-from engine.source import is_file, printable, show, yaml_files
 from engine.target import Target
 
 DEFAULT = "tiny"
@@ -96,8 +96,8 @@ def compose(recipe: str | os.PathLike[str] = DEFAULT, overrides: Sequence[str] =
         PluginError: when a chosen plugin cannot be imported.
     """
     # Not at the top: `engine list` needs the folders of this module, but not Hydra.
-    from engine.composing import Composing
-    from engine.library import Library
+    from engine.composing.compose import Composing
+    from engine.composing.library import Library
 
     name, folders = locate(recipe)
     library = Library(folders, installed_folders(), Schema)

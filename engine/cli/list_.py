@@ -63,6 +63,7 @@ def list_(
 
 
 def _rows(group: str, verify: bool) -> Iterator[Row]:
+    from engine.composing.source import yaml_files
     from engine.recipe import search_folders
     from engine.registry import installed
 
@@ -71,7 +72,7 @@ def _rows(group: str, verify: bool) -> Iterator[Row]:
             yield _plugin(group, name, claim, verify, len(claims))
     seen: set[str] = set()
     for folder in search_folders():
-        for file in sorted((folder if group == "recipes" else folder / group).glob("*.yaml")):
+        for file in yaml_files(folder if group == "recipes" else folder / group):
             if file.stem not in seen:
                 seen.add(file.stem)
                 kind = {"recipes": "recipe", "target": "target"}.get(group, "preset")

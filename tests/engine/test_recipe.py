@@ -134,7 +134,7 @@ def test_a_recipe_without_defaults_starts_from_base(write: Write) -> None:
 
 @pytest.mark.parametrize(
     ("defaults", "seed"),
-    [("[base]", 3), ("[base, _self_]", 3), ("[_self_, base]", 0), ("[other]", 3),
+    [("[base]", 3), ("[base, _self_]", 3), ("[other]", 3),
      ("[_self_, other]", 9), ("[other, _self_]", 3)],
 )  # fmt: skip
 def test_the_order_of_the_defaults_list_counts(write: Write, defaults: str, seed: int) -> None:

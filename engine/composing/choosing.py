@@ -9,12 +9,12 @@ from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.default_element import ResultDefault
 from hydra.core.override_parser.types import Override
 
-from engine import overrides
-from engine.defaults import Entry
+from engine.composing import overrides
+from engine.composing.defaults import Entry
+from engine.composing.library import Library, Repository, Shelf, config_name
+from engine.composing.mistakes import CHOICES, Mistakes, first_line
 from engine.errors import EngineError
 from engine.hookspecs import SLOTS
-from engine.library import Library, Repository, Shelf, config_name
-from engine.mistakes import CHOICES, Mistakes, first_line
 
 MAX_ROUNDS = 10
 

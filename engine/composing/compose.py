@@ -19,13 +19,13 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from engine import overrides
-from engine.choosing import Chosen, choose
+from engine.composing import overrides
+from engine.composing.choosing import Chosen, choose
+from engine.composing.library import Library, config_name
+from engine.composing.mistakes import CHOICES, Mistakes, first_line, options
+from engine.composing.source import MAX_REFERENCES, TOO_MANY_REFERENCES, Keys
 from engine.errors import EngineError, PluginError, Problem, choices_hint
 from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
-from engine.library import Library, config_name
-from engine.mistakes import CHOICES, Mistakes, first_line, options
-from engine.source import MAX_REFERENCES, TOO_MANY_REFERENCES, Keys
 
 
 @dataclass(frozen=True)

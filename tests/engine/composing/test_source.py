@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import source
+from engine.composing import source
 from engine.errors import RecipeError
 
 

@@ -10,9 +10,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
+from engine.composing.source import (
+    MAX_DEPTH,
+    Refusal,
+    as_typed,
+    printable,
+    refuse_key,
+    refuse_text,
+    show,
+)
 from engine.errors import Problem
 from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
-from engine.source import MAX_DEPTH, Refusal, as_typed, printable, refuse_key, refuse_text, show
 
 MAX_LENGTH = 10_000
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.composing.source import Document, Keys, show
 from engine.errors import Problem, choices_hint
 from engine.hookspecs import SLOTS
-from engine.source import Document, Keys, show
 
 MAX_ENTRIES = 50
 

@@ -16,14 +16,12 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine import registry, source
-from engine.defaults import Part, is_group_name, read
+from engine import registry
+from engine.composing import source
+from engine.composing.defaults import Part, is_group_name, read
+from engine.composing.source import Document
 from engine.errors import EngineError, PluginError, Problem, RecipeError
 from engine.hookspecs import SLOTS
-from engine.source import Document
-
-SCHEMA = "schema"
-"""The name under which `base.yaml` asks for the typed top level of a recipe."""
 
 MAX_CONFIGS = 1000
 """Before lists that name each other many times over are given up."""
@@ -53,7 +51,7 @@ class Library:
     def names(self, group: str) -> list[str]:
         """List the choices of a group, or the recipes when group is ''."""
         plugins = registry.installed()[group] if group in SLOTS else {}
-        return sorted({*plugins, *self.files(group)} - {SCHEMA})
+        return sorted({*plugins, *self.files(group)})
 
     def part(self, config: str) -> Part | None:
         """Read a YAML file, once."""
@@ -158,10 +156,7 @@ class Shelf(ConfigSource):
         package: str | None = None
         node: Any = None
         try:
-            if config == SCHEMA:
-                node = OmegaConf.structured(self.library.schema)
-            else:
-                node = self.library.options(group, name)
+            node = self.library.options(group, name)
         except EngineError as error:
             self.errors[config] = error
         part = None if node is not None or config in self.errors else self.library.part(config)
