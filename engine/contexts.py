@@ -46,6 +46,13 @@ class EstimateContext:
     tokens: int
     """Tokens that the cache must hold: prompt and new ones, per sequence."""
 
+    @property
+    def value_bytes(self) -> int:
+        """Return the bytes of a number in the format that the model computes in."""
+        asked = self.recipe.model.dtype.value
+        dtype = (self.shape.dtype or "") if asked == "auto" else asked
+        return {"float16": 2, "bfloat16": 2, "float64": 8}.get(dtype, 4)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Term:

@@ -86,9 +86,13 @@ class ModelShape:
         """Return the bytes of all tensors as stored, or None when unknown."""
         return sum(tensor.nbytes for tensor in self.tensors.values()) if self.tensors else None
 
-    def kv_bytes_per_token(self, bytes_per_value: float = 2) -> int:
-        """Return what one more token adds to the cache while no window is full."""
-        return round(sum(self.kv_values) * bytes_per_value)
+    def kv_values_kept(self, tokens: int) -> int:
+        """Return how many numbers a cache keeps of a sequence; windows keep no more than theirs."""
+        window = self.sliding_window or tokens
+        return sum(
+            values * (min(tokens, window) if kind in WINDOWED else tokens)
+            for values, kind in zip(self.kv_values, self.layer_types, strict=True)
+        )
 
 
 def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = None) -> ModelShape:

@@ -64,15 +64,8 @@ def _turn(session: Session, conversation: Chat, message: str, *, json: bool) -> 
 def _report(session: Session, conversation: Chat, output: Output, *, json: bool) -> None:
     receipt = conversation.receipt
     if json:
-        common.print_json(
-            {
-                "text": output.text,
-                "token_ids": output.token_ids,
-                "finish_reason": output.finish_reason,
-                "figures": output.figures,
-                "receipts": [one.as_dict() for one in [*session.receipts, receipt] if one],
-            }
-        )
+        receipts = [one for one in [*session.receipts, receipt] if one]
+        common.print_json(common.as_json(output, receipts))
         return
     print()
     line = common.figures_line(output.figures, output.finish_reason, session.device.type)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from engine.builder import Progress
-    from engine.contexts import Figures, Receipt
+    from engine.contexts import Figures, Output, Receipt
     from engine.recipe import Recipe
     from engine.session import Session
 
@@ -105,6 +105,18 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return str(value)
+
+
+def as_json(output: Output, receipts: Sequence[Receipt], **more: Any) -> dict[str, Any]:
+    """Return the object that `--json` prints for an answer."""
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "figures": output.figures,
+        "receipts": [receipt.as_dict() for receipt in receipts],
+        **more,
+    }
 
 
 def figures_line(figures: Figures, reason: str, device: str) -> str:

@@ -51,17 +51,8 @@ def run(
         output = stream.output
         receipts = session.collect_receipts()
         if json:
-            common.print_json(
-                {
-                    "text": output.text,
-                    "token_ids": output.token_ids,
-                    "finish_reason": output.finish_reason,
-                    "figures": output.figures,
-                    "receipts": [receipt.as_dict() for receipt in receipts],
-                    "recipe": {"name": recipe.name, "digest": recipe.digest},
-                    "notes": session.notes,
-                }
-            )
+            about = {"name": recipe.name, "digest": recipe.digest}
+            common.print_json(common.as_json(output, receipts, recipe=about, notes=session.notes))
             return
         print()
         if not quiet:

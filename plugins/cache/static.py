@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 from engine import hookimpl
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
-from engine.shape import WINDOWED
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -65,7 +64,9 @@ class Static:
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price keys and values of the full length, in the model's number format."""
-        yield Term(name="KV cache", bytes=_bytes(context, self.max_tokens or context.tokens))
+        tokens = self.max_tokens or context.tokens
+        kept = context.batch * context.shape.kv_values_kept(tokens)
+        yield Term(name="KV cache", bytes=kept * context.value_bytes)
 
     @hookimpl
     def cache(self, context: CacheContext) -> KeyValues:
@@ -99,16 +100,3 @@ class Static:
             },
             ok=type(cache) is StaticCache and held == sum(session.probe.tokens) and length >= held,
         )
-
-
-def _bytes(context: EstimateContext, tokens: int) -> int:
-    """Return the bytes of all keys and values; a layer with a window keeps no more than that."""
-    shape = context.shape
-    dtype = context.recipe.model.dtype.value
-    value = {"float16": 2, "bfloat16": 2}.get(shape.dtype or "" if dtype == "auto" else dtype, 4)
-    window = shape.sliding_window or tokens
-    held = (
-        values * (min(tokens, window) if kind in WINDOWED else tokens)
-        for values, kind in zip(shape.kv_values, shape.layer_types, strict=True)
-    )
-    return context.batch * sum(held) * value

@@ -164,7 +164,7 @@ def test_sizes_are_those_of_the_model(case: Case) -> None:
 def test_cache_bytes_are_those_of_a_real_cache(case: Case) -> None:
     cache = cached(case.model, tokens=3)
     numbers = sum(each.keys.numel() + each.values.numel() for each in cache.layers)
-    assert case.shape.kv_bytes_per_token(4) == numbers * 4 / 3
+    assert case.shape.kv_values_kept(1) == numbers / 3
 
 
 def test_key_value_heads_are_those_of_a_real_cache(case: Case) -> None:
@@ -297,11 +297,13 @@ def test_shared_layers_keep_nothing() -> None:
 def test_model_without_attention_keeps_nothing() -> None:
     shape = read_shape(as_saved(AutoConfig.for_model("mamba")))
     assert shape.heads == 0
-    assert shape.kv_bytes_per_token() == 0
+    assert shape.kv_values_kept(9) == 0
 
 
-def test_half_bytes_per_value() -> None:
-    assert read_shape(LLAMA | {"model_type": "llama"}).kv_bytes_per_token(0.5) == 72
+def test_a_window_keeps_no_more_than_itself() -> None:
+    windowed = LLAMA | {"model_type": "mistral", "sliding_window": 4}
+    one = read_shape(LLAMA | {"model_type": "llama"}).kv_values_kept(1)
+    assert [read_shape(windowed).kv_values_kept(n) for n in (1, 4, 9)] == [one, 4 * one, 4 * one]
 
 
 def test_checkpoint_facts() -> None:
