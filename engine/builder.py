@@ -99,7 +99,12 @@ def _build(session: Session, folder: Any, progress: Progress) -> None:
     session.model.register_forward_pre_hook(_counter(session), with_kwargs=True)
     hooks.prepare(PrepareContext(recipe=recipe, model=session.model))
     built["decode"] = hooks.decode(
-        DecodeContext(model=session.model, tokenizer=session.tokenizer, seed=recipe.seed)
+        DecodeContext(
+            model=session.model,
+            tokenizer=session.tokenizer,
+            seed=recipe.seed,
+            end_ids=session.end_ids,
+        )
     )
     built["task"] = hooks.task(TaskContext(session=session))
     progress("proving each choice")

@@ -196,6 +196,8 @@ class DecodeContext:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     seed: int
+    end_ids: frozenset[int]
+    """Tokens at which a sequence is finished."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,10 +94,10 @@ class Session:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Return the tokens that end an answer."""
-        from_model = getattr(self.model.generation_config, "eos_token_id", None)
-        given = from_model if isinstance(from_model, list) else [from_model]
-        return frozenset(i for i in [*given, self.tokenizer.eos_token_id] if i is not None)
+        """Return what ends an answer: the model's tokens, or the tokenizer's if it names none."""
+        given = getattr(self.model.generation_config, "eos_token_id", None)
+        given = self.tokenizer.eos_token_id if given is None else given
+        return frozenset(given if isinstance(given, list) else [given]) - {None}
 
     def stream(self, prompt: str) -> Stream:
         """Answer piece by piece; after the last piece `.output` holds text, tokens and figures."""

@@ -166,3 +166,12 @@ def test_a_decoder_that_breaks_is_named(build: Build) -> None:
     session.built["decode"] = broken
     with pytest.raises(PluginError, match=r"decode=generate \(recipe-engine .*KeyError"):
         session.generate("def add")
+
+
+def test_the_tokenizer_says_what_ends_an_answer_when_the_model_does_not(build: Build) -> None:
+    session = build()
+    assert session.end_ids == {2}
+    session.model.generation_config.eos_token_id = None
+    session.tokenizer.eos_token = "<s>"
+    del session.__dict__["end_ids"]
+    assert session.end_ids == {1}

@@ -79,7 +79,7 @@ class Generate:
                 "end tokens": str(settings.eos_token_id),
             },
             ok=settings.do_sample == (self.temperature > 0)
-            and settings.eos_token_id == own.eos_token_id,
+            and set(settings.eos_token_id or ()) == session.end_ids,
         )
 
 
@@ -123,7 +123,7 @@ class GenerateDecoder:
             "repetition_penalty": options.repetition_penalty,
             "use_cache": cached,
             "disable_compile": True,
-            "eos_token_id": own.eos_token_id,
+            "eos_token_id": sorted(self._context.end_ids) or None,
             "pad_token_id": own.pad_token_id,
             "bos_token_id": own.bos_token_id,
         }

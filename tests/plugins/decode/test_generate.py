@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +29,10 @@ def decoder(llama: Any, model: Callable[[str], Path]) -> Iterator[Callable[..., 
     tokenizer: Any = AutoTokenizer.from_pretrained(model("llama"))
     made: list[GenerateDecoder] = []
 
-    def make(seed: int = 0, **options: Any) -> GenerateDecoder:
-        context = DecodeContext(model=llama, tokenizer=tokenizer, seed=seed)
+    def make(seed: int = 0, end: int = 2, **options: Any) -> GenerateDecoder:
+        context = DecodeContext(
+            model=llama, tokenizer=tokenizer, seed=seed, end_ids=frozenset({end})
+        )
         found: Any = Generate(**options).decode(context)
         made.append(found)
         return made[-1]
@@ -73,14 +74,13 @@ def test_no_limit_means_no_limit(decoder: Callable[..., GenerateDecoder]) -> Non
 
 
 def test_a_batch_yields_a_list_per_step_and_padding_at_the_end(
-    decoder: Callable[..., GenerateDecoder], llama: Any, monkeypatch: pytest.MonkeyPatch
+    decoder: Callable[..., GenerateDecoder],
 ) -> None:
     ids = torch.cat([IDS, torch.tensor([[0, 0, 0, 7, 8, 9, 10, 11]])])
     free = list(decoder()(ask(ids)))
     assert all(len(step) == 2 for step in free)
     end = next(step[0] for step in free[2:] if step[0] not in [s[1] for s in free])
-    monkeypatch.setattr(llama.generation_config, "eos_token_id", end)
-    ended = list(decoder()(ask(ids)))
+    ended = list(decoder(end=end)(ask(ids)))
     rows = [[step[row] for step in ended] for row in (0, 1)]
     stop = rows[0].index(end)
     assert set(rows[0][stop + 1 :]) == {0}
@@ -204,7 +204,6 @@ def test_the_receipt_reads_the_settings(build: Build) -> None:
     session = build("decode.temperature=0.5")
     evidence = receipt(session, "decode").evidence
     assert (evidence["sampling"], evidence["temperature"]) == (True, 0.5)
-    assert evidence["end tokens"] == "2"
+    assert evidence["end tokens"] == "[2]"
     assert not verdict(Generate(temperature=0.0), session)
-    other = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=77, temperature=None))
-    assert not verdict(Generate(temperature=0.5), session, model=other)
+    assert not verdict(Generate(temperature=0.5), session, end_ids=frozenset({77}))
