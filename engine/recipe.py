@@ -111,8 +111,10 @@ def compose(recipe: str | os.PathLike[str] = DEFAULT, overrides: Sequence[str] =
             )
         )
     composed = Composing(name, library, overrides).run()
+    order = [slot for slot in (*SLOTS, "target") if slot in composed.choices]
+    choices = {slot: composed.choices[slot] for slot in order}
     return Recipe(
-        **composed.values, name=name, file=str(file), choices=composed.choices, text=composed.text
+        **composed.values, name=name, file=str(file), choices=choices, text=composed.text
     )
 
 
