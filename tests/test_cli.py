@@ -35,7 +35,7 @@ def test_run_without_arguments_completes_with_the_embedded_model(engine: Run) ->
     assert "tokens/s" in done.stderr
     assert "first token" in done.stderr
     for slot in ("load", "quantize", "heads", "position_encoding", "attention", "cache"):
-        assert f"ok  {slot}" in done.stderr
+        assert f"ok  {slot}=" in done.stderr
 
 
 def test_the_four_bit_recipe_proves_each_choice(engine: Run) -> None:
@@ -65,6 +65,8 @@ def test_prompts_come_from_text_file_and_standard_input(
     file.write_text("def add", encoding="utf-8")
     words = ["base", f"model.path={model('llama')}", "decode.max_new_tokens=5", "--json"]
     by_text = _json(engine("run", *words, "-p", "def add"))["token_ids"]
+    (tmp_path / "line.txt").write_text("def add\n", encoding="utf-8")
+    assert _json(engine("run", *words, "-p", f"@{tmp_path}/line.txt"))["token_ids"] == by_text
     assert _json(engine("run", *words, "-p", f"@{file}"))["token_ids"] == by_text
     assert _json(engine("run", *words, "-p", "-", text="def add"))["token_ids"] == by_text
     assert _json(engine("run", *words, text="def add"))["token_ids"] == by_text
@@ -96,16 +98,24 @@ def test_chat_answers_each_line_and_reuses_the_cache(engine: Run) -> None:
     assert second["figures"]["forwarded_tokens"] < second["figures"]["prompt_tokens"]
 
 
-def test_show_prints_yaml_that_is_a_recipe_again(engine: Run, tmp_path: Path) -> None:
-    import yaml
+def test_what_show_prints_is_the_same_recipe_again(engine: Run, tmp_path: Path) -> None:
+    words = ["cache=static", "cache.max_tokens=99", "quantize=nf4", "observe=trace", "target=l4"]
+    shown = engine("show", "tiny", *words)
+    assert shown.returncode == 0, shown.stderr
+    file = tmp_path / "again.yaml"
+    file.write_text(shown.stdout, encoding="utf-8")
+    first = _json(engine("show", "tiny", *words, "--json"))
+    second = _json(engine("show", str(file), "--json"))
+    assert second["recipe"] == first["recipe"]
+    assert second["choices"] == first["choices"]
+    assert second["digest"] == first["digest"]
 
-    done = engine("show", "tiny", "cache=static", "cache.max_tokens=99")
+
+def test_check_says_when_it_could_not_look(engine: Run) -> None:
+    done = engine("check", "base", "model.path=some-org/some-model")
     assert done.returncode == 0, done.stderr
-    shown = yaml.safe_load(done.stdout)
-    assert shown["cache"] == {"max_tokens": 99}
-    as_json = _json(engine("show", "tiny", "cache=static", "cache.max_tokens=99", "--json"))
-    assert as_json["recipe"] == shown
-    assert as_json["choices"]["cache"] == "static"
+    assert done.stdout.startswith("ok so far")
+    assert "NOT checked" in done.stdout
 
 
 def test_check_says_ok_or_everything_that_is_wrong(engine: Run) -> None:

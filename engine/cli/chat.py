@@ -30,7 +30,9 @@ def chat(arguments: common.Arguments = None, json: common.Json = False) -> None:
         conversation = session.chat()
         if sys.stdin.isatty():
             print(f"{recipe.model.path}: {COMMANDS}", file=sys.stderr)
+        said = False
         for message in _messages():
+            said = True
             if message == "/exit":
                 break
             if message == "/reset":
@@ -40,6 +42,8 @@ def chat(arguments: common.Arguments = None, json: common.Json = False) -> None:
                 print(COMMANDS, file=sys.stderr)
             else:
                 _turn(session, conversation, message, json=json)
+        if not said:
+            print("nothing was said: one message per line, typed or piped in", file=sys.stderr)
 
 
 def _turn(session: Session, conversation: Chat, message: str, *, json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import typer
@@ -52,16 +51,16 @@ def check(arguments: common.Arguments = None, json: common.Json = False) -> None
 
 def _print(verdict: Verdict) -> None:
     recipe, shape, target = verdict.recipe, verdict.shape, verdict.target
-    print(f"ok: {recipe.name} for {target.name}")
     choices = {slot: choice for slot, choice in recipe.choices.items() if slot != "target"}
-    print("  " + " ".join(f"{slot}={choice}" for slot, choice in choices.items()))
+    listed = "  " + " ".join(f"{slot}={choice}" for slot, choice in choices.items())
     if shape is None:
         print(
-            f"  {recipe.model.path} is not on this machine yet: its shape and files were not "
-            "checked; engine run fetches it",
-            file=sys.stderr,
+            f"ok so far: {recipe.name} for {target.name}. Whether the model has what the choices "
+            f"need, and whether it fits, was NOT checked: {recipe.model.path} is not on this "
+            f"machine yet\n{listed}"
         )
         return
+    print(f"ok: {recipe.name} for {target.name}\n{listed}")
     print(
         f"  {shape.model_type}: {shape.layers} layers, hidden {shape.hidden_size}, "
         f"{shape.heads} heads on {shape.kv_heads}, vocabulary {shape.vocab_size:,}"

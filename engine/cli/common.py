@@ -44,7 +44,10 @@ def compose(arguments: Sequence[str] | None) -> Recipe:
 
 
 def read_prompt(text: str | None) -> str:
-    """Return the prompt that `-p` means: text, @FILE, or '-' for standard input."""
+    """Return the prompt that `-p` means: text, @FILE, or '-' for standard input.
+
+    The line break at the end of a file is the file's, not the prompt's.
+    """
     if text is None:
         return "" if sys.stdin is None or sys.stdin.isatty() else _stdin()
     if text == "-":
@@ -53,7 +56,7 @@ def read_prompt(text: str | None) -> str:
         return text
     file = Path(text[1:]).expanduser()
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"-p {text}: cannot read {file}: {error}",
@@ -63,7 +66,7 @@ def read_prompt(text: str | None) -> str:
 
 def _stdin() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise RecipeError(f"standard input is not UTF-8 text: {error}") from error
 
@@ -134,24 +137,15 @@ def figures_line(figures: Figures, reason: str, device: str) -> str:
 
 
 def print_receipts(receipts: Sequence[Receipt]) -> None:
-    """Print the proofs as a table, on stderr."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "slot", "choice", "claim", "evidence"):
-        table.add_column(title, overflow="fold")
-    for receipt in receipts:
-        evidence = ", ".join(f"{key} {_short(value)}" for key, value in receipt.evidence.items())
-        table.add_row(
-            "ok" if receipt.ok else "NO", receipt.slot, receipt.plugin, receipt.claim, evidence
-        )
-    console = stderr()
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+    """Print the proofs on stderr, each with its evidence below."""
+    for one in receipts:
+        verdict = "ok" if one.ok else "NO"
+        print(f"{verdict}  {one.slot}={one.plugin}: {one.claim}", file=sys.stderr)
+        evidence = ", ".join(f"{key} {_short(value)}" for key, value in one.evidence.items())
+        print(f"      {evidence}", file=sys.stderr)
 
 
 def _short(value: str | int | float | bool) -> str:
     if isinstance(value, bool | str):
-        return str(value).replace("[", "\\[")
+        return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -6,11 +6,11 @@ from engine.cli import common
 
 
 def show(arguments: common.Arguments = None, json: common.Json = False) -> None:
-    """Print everything that a recipe and its overrides come to, as YAML.
+    """Print everything that a recipe and its overrides come to: a recipe again.
 
     engine show tiny cache=static
 
-    engine show base > recipes/mine.yaml
+    engine show tiny cache=static > recipes/mine.yaml; engine run mine -p "def add(a, b):"
     """
     recipe = common.compose(arguments)
     if json:
@@ -26,7 +26,9 @@ def show(arguments: common.Arguments = None, json: common.Json = False) -> None:
             }
         )
         return
-    choices = " ".join(f"{slot}={choice}" for slot, choice in recipe.choices.items())
     print(f"# {recipe.name} ({recipe.file})")
-    print(f"# {choices}")
+    print("defaults:\n  - base")
+    for slot, choice in recipe.choices.items():
+        print(f"  - override {slot}: {choice}")
+    print("  - _self_")
     print(recipe.text, end="")

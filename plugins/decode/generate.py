@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,6 +52,13 @@ class Generate:
         ):
             if not ok:
                 yield _problem("value", f"decode.{name}={getattr(self, name)} {why}", name, hint)
+        if any(re.fullmatch(r"(\\[nrt])+", stop) for stop in self.stop):
+            yield Problem(
+                slot="decode",
+                code="value",
+                message="decode.stop holds a backslash and a letter where a line break is meant",
+                hint="""let the shell make it: $'decode.stop=["\\n"]'; in YAML: stop: ["\\n"]""",
+            )
         for name in ("top_k", "top_p"):
             if self.temperature == 0 and getattr(self, name) is not None:
                 message = f"decode.{name} does nothing at temperature 0, which takes the likeliest"
@@ -68,15 +76,16 @@ class Generate:
         """Show the settings that generate() will really get."""
         decoder = session.built["decode"]
         settings = decoder.settings(self.max_new_tokens, cached=True)
-        own = session.model.generation_config
+        own = session.model.generation_config.temperature
+        unused = {} if own is None else {"checkpoint's temperature, unused": float(own)}
         yield Receipt(
             slot="decode",
             claim="sampling follows the recipe alone",
             evidence={
                 "sampling": bool(settings.do_sample),
                 "temperature": float(settings.temperature or 0),
-                "checkpoint's temperature, unused": str(own.temperature),
-                "end tokens": str(settings.eos_token_id),
+                "ids of end tokens": str(settings.eos_token_id),
+                **unused,
             },
             ok=settings.do_sample == (self.temperature > 0)
             and set(settings.eos_token_id or ()) == session.end_ids,

@@ -53,7 +53,7 @@ class Unquantized:
             if asked
             else "nothing is quantized",
             evidence={f"bytes in {name}": size for name, size in sorted(dtypes.items())}
-            | {"quantizer": type(quantizer).__name__},
+            | {"quantizer": "none" if quantizer is None else type(quantizer).__name__},
             ok=(quantizer is not None) == asked
             and (asked or all(tensor.is_floating_point() for tensor in session.model.parameters())),
         )

@@ -85,8 +85,9 @@ class TextTask:
     def _tokens(self, prompt: str) -> list[int]:
         tokenizer = self._session.tokenizer
         if not self._chat_template:
-            return list(tokenizer(prompt)["input_ids"])
+            # Not verbose: what is too long is refused with numbers, by `begin`.
+            return list(tokenizer(prompt, verbose=False)["input_ids"])
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-        return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+        return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])

@@ -197,6 +197,9 @@ def test_options_out_of_range_are_refused() -> None:
         assert hints(Generate(temperature=1.0, top_p=top_p)) == ["decode.top_p=0.9"]
     assert hints(Generate(repetition_penalty=0.0)) == ["decode.repetition_penalty=1.0"]
     assert hints(Generate(stop=[""])) == ["decode.stop=[]"]
+    (hint,) = hints(Generate(stop=["\\n"]))
+    assert hint.startswith("let the shell make it: $'decode.stop=")
+    assert hints(Generate(stop=["\n"])) == []
     assert hints(Generate(top_k=5)) == hints(Generate(top_p=0.5)) == ["decode.temperature=0.7"]
 
 
@@ -204,6 +207,6 @@ def test_the_receipt_reads_the_settings(build: Build) -> None:
     session = build("decode.temperature=0.5")
     evidence = receipt(session, "decode").evidence
     assert (evidence["sampling"], evidence["temperature"]) == (True, 0.5)
-    assert evidence["end tokens"] == "[2]"
+    assert evidence["ids of end tokens"] == "[2]"
     assert not verdict(Generate(temperature=0.0), session)
     assert not verdict(Generate(temperature=0.5), session, end_ids=frozenset({77}))
