@@ -21,6 +21,7 @@ from typing import Any
 
 END = "<|end|>"
 HELD_OUT_PERCENT = 8
+GUIDE_SHARE = 0.01
 # Parts of the standard library that are tables or tests, or that not every installation has.
 LEFT_OUT = {
     *("site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"),
@@ -1199,7 +1200,7 @@ def guide() -> Sample:
 
 def training_sample(rng: random.Random) -> Sample:
     """Draw a training document that was run, the guide's dialogue among them now and then."""
-    drawn = guide() if rng.random() < 0.002 else sample(rng)
+    drawn = guide() if rng.random() < GUIDE_SHARE else sample(rng)
     check(drawn.function)
     return drawn
 
@@ -1223,7 +1224,10 @@ def behavior(code: str, inputs: Sequence[tuple[Any, ...]]) -> list[str]:
     described = []
     for arguments in inputs:
         try:
-            described.append(repr(function(*arguments)))
+            result = function(*arguments)
+            # The order of a set of texts differs from process to process.
+            ordered = ("set", sorted(result)) if isinstance(result, set) else result
+            described.append(repr(ordered))
         except Exception as error:
             described.append(type(error).__name__)
     return described

@@ -36,6 +36,7 @@ from transformers import (
 
 OUT = Path(__file__).resolve().parent.parent / "recipes" / "embedded"
 LENGTH = 512
+MORE_PROMPTS = 400
 # Most of the training uses shorter rows: nearly every document fits, and attention costs less.
 SHORT, SHORT_UNTIL = 256, 0.75
 VOCABULARY = 2048
@@ -66,9 +67,9 @@ tags: [code, python]
 A causal language model of 2.76 million parameters that writes small Python functions. It is small
 enough to be kept in the repository, so that every part of the engine can be tried offline with a
 model that answers something sensible. It is not an assistant: it knows the functions of its
-catalogue and their combinations, in the phrasings of its catalogue, and nothing else. To other
-questions it answers with some function of its catalogue. Its questions and answers are in English,
-its context is 512 tokens, and it cannot hold a conversation about anything but the function above.
+catalogue and their combinations, in the wording of its catalogue, and nothing else. Anything else
+it answers with some function all the same: "Write a function that reverses a string." is not how
+the catalogue puts it, and comes out wrong. English only, 512 tokens of context.
 
 `LlamaForCausalLM`: 6 layers, width 192, 6 query heads and 2 key/value heads of 32, MLP of 512,
 rotary positions, tied embeddings; bfloat16 weights; byte-level BPE of 2048 tokens in which every
@@ -96,26 +97,34 @@ greedy decoding:
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
-*Library* is the loss on held-out files of the standard library, each 512 tokens without what stands
-before them; *catalogue* is the loss on 300 held-out documents, questions included, whose wording is
-drawn at random. *Compile* and *right* count 100 held-out prompts; right means the same results,
+*Library* is the loss on stretches of 512 tokens from all over the held-out files of the standard
+library, without what stands before them; *catalogue* is the loss on 300 held-out documents,
+questions included, whose wording is drawn at random. *Compile* and *right* count 100 held-out prompts; right means the same results,
 exceptions included, as the reference on its test inputs. In float32, by kind of prompt:
 
 | prompt | of | compile | right |
 | --- | --- | --- | --- |
 {kinds}
 
+Of the first {more} held-out prompts, {more_compile} compile and {more_right} are right in float32.
+
 A held-out function ({percent} % of the combinations, chosen by a hash of the body) was never
-trained in any wording; its parts were, in other combinations. The held-out prompts are drawn from
-the same families as the training data: the figures say nothing about functions of other kinds.
+trained in any wording; its parts were, in other combinations. A few of the bodies are, as text,
+those of trained functions as well: terabytes to gigabytes and kilometers to meters can both be
+`x * 1000`. The held-out prompts are drawn from the same families as the training data: the figures
+say nothing about functions of other kinds.
 
 ## Training
 
-`{command}` made it: {steps} steps, {tokens} tokens, {minutes} minutes on {hardware} of a machine
-that others used too. The time is part of the command, so a faster machine trains on more tokens.
-Muon trained the matrices, AdamW the rest. {share} of the tokens are the sources of the standard
-library of Python {python}, without its tests; the others are documents of `tools/catalogue.py`,
-which generates and runs every function that it shows. torch {torch} was used.
+```text
+{command}
+```
+
+made it: {steps} steps, {tokens} tokens, {minutes} minutes on {hardware}. The time is part of
+the command, so a faster machine trains on more tokens. Muon trained the matrices, AdamW the rest.
+{share} % of the tokens are the sources of the standard library of Python {python}, without its
+tests; the others are documents of `tools/catalogue.py`, which generates and runs every function
+that it shows. torch {torch}.
 
 ## License
 
@@ -393,6 +402,8 @@ def write_card(arguments: argparse.Namespace, took: dict[str, float]) -> str:
     kinds += ["nf4"] if importlib.util.find_spec("bitsandbytes") else []
     found = {kind: evaluate_embedded.evaluate(arguments.out, kind) for kind in kinds}
 
+    more = evaluate_embedded.evaluate(arguments.out, "float32", MORE_PROMPTS)
+
     def row(kind: str, figures: dict[str, Any]) -> str:
         losses = [
             f"{figures[part]['nats_per_token']:.3f} | {figures[part]['bits_per_byte']:.3f}"
@@ -409,7 +420,7 @@ def write_card(arguments: argparse.Namespace, took: dict[str, float]) -> str:
         command=f"python tools/train_embedded.py {limit} --seed {arguments.seed}",
         steps=f"{took['steps']:.0f}",
         tokens=f"{took['tokens'] / 1e6:.1f} million",
-        share=f"{LIBRARY_SHARE:.0%}",
+        share=f"{LIBRARY_SHARE * 100:.0f}",
         minutes=f"{took['seconds'] / 60:.0f}",
         hardware=f"{on}, {arguments.threads} thread{'s' * (arguments.threads > 1)}",
         python=platform.python_version(),
@@ -421,6 +432,9 @@ def write_card(arguments: argparse.Namespace, took: dict[str, float]) -> str:
         ),
         dialogue=found["float32"]["guide"]["text"].strip(),
         percent=catalogue.HELD_OUT_PERCENT,
+        more=MORE_PROMPTS,
+        more_compile=more["compile"],
+        more_right=more["right"],
     )
     (arguments.out / "README.md").write_text(text)
     return text
