@@ -99,8 +99,9 @@ greedy decoding:
 
 *Library* is the loss on stretches of 512 tokens from all over the held-out files of the standard
 library, without what stands before them; *catalogue* is the loss on 300 held-out documents,
-questions included, whose wording is drawn at random. *Compile* and *right* count 100 held-out prompts; right means the same results,
-exceptions included, as the reference on its test inputs. In float32, by kind of prompt:
+questions included, whose wording is drawn at random. *Compile* and *right* count 100 held-out
+prompts; right means the same results, exceptions included, as the reference on its test inputs. In
+float32, by kind of prompt:
 
 | prompt | of | compile | right |
 | --- | --- | --- | --- |
