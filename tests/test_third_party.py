@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from engine.hookspecs import SLOTS
-from tests.models import tiny_model
+from tests.models import CONTEXT, tiny_model
 
 HERE = Path(__file__).parent / "third_party"
 PROMPT = "def add(a, b):"
@@ -207,7 +207,38 @@ def test_its_recipe_runs_and_the_window_is_real(good: Path, tiny: Path, run: Com
     (receipt,) = [one for one in answer["receipts"] if one["slot"] == "attention"]
     assert receipt["plugin"] == "window"
     assert receipt["ok"] is True
-    assert receipt["evidence"]["most tokens attended to"] == WINDOW
+    assert receipt["evidence"]["attended"] == WINDOW
+    assert receipt["evidence"]["keys"] > WINDOW
+    assert receipt["evidence"]["calls"] > 0
+
+
+def test_a_window_as_wide_as_the_model_is_refused(good: Path, tiny: Path, run: Command) -> None:
+    words = ["check", "base", f"model.path={tiny}", "attention=window"]
+    assert run(good, *words, f"attention.size={CONTEXT - 1}").returncode == 0
+    done = run(good, *words, f"attention.size={CONTEXT}")
+    assert done.returncode == 2
+    assert f"attention.size={CONTEXT} does nothing: the model has {CONTEXT} pos" in done.stderr
+    assert "attention=native, or a smaller window" in done.stderr
+    stretched = ["position_encoding=yarn", "position_encoding.factor=4"]
+    assert run(good, *words, f"attention.size={CONTEXT}", *stretched).returncode == 0
+
+
+def test_its_receipt_fails_with_a_mask_that_is_no_window(good: Path, run: Command) -> None:
+    code = (
+        "from types import SimpleNamespace as Of\n"
+        "from transformers.masking_utils import sdpa_mask\n"
+        "from acme_recipes.attention import Window\n"
+        "def holds(window, mask, calls):\n"
+        "    built = {'attention': Of(mask=mask)}\n"
+        "    session = Of(built=built, probe=Of(attention_calls=calls))\n"
+        "    return all(receipt.ok for receipt in window.receipts(session))\n"
+        "def everything(**known): return sdpa_mask(allow_is_causal_skip=False, **known)\n"
+        "near, wide = (Window(size).attention(None).mask for size in (64, 65))\n"
+        "cases = [(near, 4), (near, 0), (wide, 4), (everything, 4)]\n"
+        "print([holds(Window(), mask, calls) for mask, calls in cases])\n"
+    )
+    done = run(good, "python", "-c", code)
+    assert done.stdout.strip() == "[True, False, False, False]", done.stderr
 
 
 def test_it_works_with_our_choices(good: Path, tiny: Path, run: Command) -> None:
