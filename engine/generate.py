@@ -248,7 +248,8 @@ def room_for(session: Session, cache: Cache | None, length: int) -> int:
     Raises:
         RuntimeFailure: when the cache cannot hold even the prompt.
     """
-    limits = [limit for limit in (session.context_tokens, capacity(cache)) if limit is not None]
+    held = capacity(cache, session.shape.sliding_window)
+    limits = [limit for limit in (session.context_tokens, held) if limit is not None]
     if not limits:
         return sys.maxsize
     # The last token is never written to the cache, so `limit` cached tokens end in one more.
@@ -266,14 +267,19 @@ def room_for(session: Session, cache: Cache | None, length: int) -> int:
     return room
 
 
-def capacity(cache: Cache | None) -> int | None:
-    """Return how many tokens a cache can hold, or None if it grows or slides."""
+def capacity(cache: Cache | None, window: int | None) -> int | None:
+    """Return how many tokens a cache can hold, or None if it grows or slides.
+
+    A layer slides only if it is as wide as the model's `window`: one that was allocated narrower
+    drops tokens that the model still attends to.
+    """
     if cache is None:
         return None
     fixed = [
         int(layer.get_max_length())
         for layer in cache.layers
-        if not getattr(layer, "is_sliding", False) and layer.get_max_length() > 0
+        if layer.get_max_length() > 0
+        and not (getattr(layer, "is_sliding", False) and layer.get_max_length() >= (window or 0))
     ]
     return min(fixed, default=None)
 
