@@ -320,3 +320,7 @@ class Event:
     kind: str
     """'built', 'started', 'finished' or 'failed'."""
     data: Mapping[str, Any]
+    """What there is to say of it; the hook `observe` lists the keys of each kind."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """Whatever the observer wants to remember within one session; receipts read it at
+    `session.built["observe"]`."""

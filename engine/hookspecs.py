@@ -296,9 +296,21 @@ def observe(event: Event) -> None:
     Collecting. Runs when a session was built, and when a run started, finished or failed. What is
     returned is ignored; to time a hook, wrap it.
 
+    Gets what happened, as `event.kind`, with `event.data`:
+
+    - `built`: `recipe` (its name), `digest`
+    - `started`: `prompt_tokens` (of a batch: of all its prompts)
+    - `finished`: `finish_reason` and the fields of `Figures`; of a batch only `sequences`
+    - `failed`: `error` (its type and message); a batch that fails, and an answer that is broken
+      off, have no event after `started`
+
+    To remember something, put it into `event.kept`: one dict for each session, which `receipts`
+    finds at `session.built["observe"]` (empty before `built`).
+
         @hookimpl
         def observe(self, event):
-            log.info("%s %s", event.kind, event.data)
+            if event.kind == "started":
+                event.kept["runs"] = event.kept.get("runs", 0) + 1
     """
 
 

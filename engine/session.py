@@ -37,8 +37,8 @@ class Session:
     config: PretrainedConfig
     """As the hooks left it."""
     device: torch.device
-    built: dict[str, Any] = field(default_factory=dict)
-    """Hook → what it returned."""
+    built: dict[str, Any] = field(default_factory=lambda: {"observe": {}})
+    """Hook → what it returned; for `observe`, what it keeps in `event.kept`."""
     probe: Probe = field(default_factory=Probe)
     """What a minimal run showed, before the first real one."""
     receipts: list[Receipt] = field(default_factory=list)
@@ -137,7 +137,8 @@ class Session:
 
     def observe(self, kind: str, **data: Any) -> None:
         """Tell the observers that something happened."""
-        self.hooks.observe(Event(kind=kind, data=data))
+        kept = self.built.setdefault("observe", {})
+        self.hooks.observe(Event(kind=kind, data=data, kept=kept))
 
     def close(self) -> None:
         """Let go of the model, and of what was registered for it."""
