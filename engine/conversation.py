@@ -15,11 +15,11 @@ from engine.errors import RecipeError
 from engine.generate import TextStream, capacity, check_prompt, room_for
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedTokenizerBase
+    from transformers import Cache
 
     from engine.session import Session
 
-FIRST_CACHE_TOKENS = 1024
+FIRST_CACHE_TOKENS = 4096
 """What a cache of fixed size starts with where the recipe does not say; it doubles when full."""
 
 
@@ -41,47 +41,55 @@ class Conversation:
         self._session = session
         self._values: KeyValues | None = None
         self._ids: list[int] = []
+        self._unread: TextStream | None = None
         self.messages: list[dict[str, str]] = []
         self.receipt: Receipt | None = None
 
     def send(self, message: str) -> TextStream:
-        """Answer `message`. Read the answer to its end, or close it, before the next.
+        """Answer `message`. An answer that was not read to its end is broken off by the next.
+
+        A message counts as said when its answer begins to be read.
 
         Raises:
             RuntimeFailure: when the conversation no longer fits the model's context.
         """
+        if self._unread is not None:
+            self._unread.close()
         messages = [*self.messages, {"role": "user", "content": message}]
         ids = self._tokens(messages)
         check_prompt(self._session, ids)
-        cache = self._cache_for(ids)
+        cache, why_anew = self._cache_for(ids)
         kept = int(cache.get_seq_length()) if cache is not None else 0
         before = self._session.forwarded_tokens
         room = room_for(self._session, cache, len(ids))
-        self.messages = messages
         self.receipt = None
 
         def finished(new: list[int], text: str) -> None:
             self._ids = ids + new
-            self.messages.append({"role": "assistant", "content": text})
+            self._unread = None
+            self.messages = [*messages, {"role": "assistant", "content": text}]
             if cache is not None:
                 sent = self._session.forwarded_tokens - before
-                self.receipt = self._prove(len(ids), kept, len(new), sent)
+                self.receipt = self._prove(len(ids), kept, len(new), sent, why_anew)
 
-        return TextStream(self._session, ids, cache, room=room, finished=finished)
+        self._unread = TextStream(self._session, ids, cache, room=room, finished=finished)
+        return self._unread
 
-    def _prove(self, total: int, kept: int, new: int, sent: int) -> Receipt:
+    def _prove(self, total: int, kept: int, new: int, sent: int, why_anew: str) -> Receipt:
         # Each new token but the last is sent through the model to get the next.
         return Receipt(
             slot="cache",
             plugin=self._session.recipe.choices.get("cache", ""),
-            claim="this turn processed only what was new",
+            claim="this turn processed only what was new"
+            if not why_anew
+            else f"this turn processed everything: {why_anew}",
             evidence={
                 "conversation_tokens": total,
                 "from_cache": kept,
                 "new_tokens": new,
                 "forwarded": sent,
             },
-            ok=sent <= total - kept + new,
+            ok=sent <= total - kept + new and (kept > 0 or why_anew != ""),
         )
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
@@ -89,35 +97,58 @@ class Conversation:
         text = str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
+        encoded = tokenizer(
+            text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
+        )
+        whole = list(encoded["input_ids"])
         said = str(
             tokenizer.decode(
                 self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
-        if self._ids and text.startswith(said):
-            # Tokenizing an answer again can split it otherwise than the model wrote it.
-            return self._ids + _encode(tokenizer, text[len(said) :])
-        return _encode(tokenizer, text)
+        if not self._ids or not tokenizer.is_fast or not text.startswith(said):
+            return whole
+        # Tokenizing an answer again can split it otherwise than the model wrote it: what was said
+        # keeps its tokens, what follows is as it is in its place.
+        spans = encoded["offset_mapping"]
+        tail = next((i for i, (start, _) in enumerate(spans) if start >= len(said)), len(spans))
+        if 0 < tail < len(spans) and spans[tail - 1][1] <= len(said):
+            return self._ids + whole[tail:]
+        return whole
 
-    def _cache_for(self, ids: list[int]) -> Cache | None:
-        """Return a cache that holds a beginning of `ids` and nothing else, never all of them."""
+    def _cache_for(self, ids: list[int]) -> tuple[Cache | None, str]:
+        """Return a cache that holds a beginning of `ids`, never all, and why if it is a new one."""
         needed = len(ids) + self._session.recipe.decode.max_new_tokens
         limit = self._session.context_tokens
         needed = needed if limit is None else min(needed, limit)
-        if self._values is not None:
-            cache = self._values.cache
-            if cache is None:
-                return None
-            held = capacity(cache)
-            if (held is None or held >= needed) and self._cut(cache, ids):
-                return cache
-        size = max(needed, FIRST_CACHE_TOKENS, 2 * (capacity(self._last_cache) or 0))
-        self._values = self._session.new_cache(1, size if limit is None else min(size, limit))
-        return self._values.cache
+        if self._values is None:
+            self._values = self._allocate(max(needed, FIRST_CACHE_TOKENS))
+            return self._values.cache, "the conversation begins"
+        cache = self._values.cache
+        if cache is None:
+            return None, ""
+        held = self._capacity(self._values)
+        if held is None or held >= needed:
+            larger = None
+        else:
+            larger = self._allocate(max(needed, 2 * held))
+            grown = self._capacity(larger)
+            if grown is not None and grown <= held and held > len(ids):
+                larger = None  # no more is to be had: use what there is to its end
+        if larger is None and self._cut(cache, ids):
+            return cache, ""
+        self._values = larger or self._allocate(max(needed, FIRST_CACHE_TOKENS))
+        if larger is not None:
+            return self._values.cache, "a larger cache was needed (cache.max_tokens sets its size)"
+        choice = self._session.recipe.choices.get("cache")
+        return self._values.cache, f"earlier text changed, and cache={choice} cannot be cut back"
 
-    @property
-    def _last_cache(self) -> Cache | None:
-        return self._values.cache if self._values is not None else None
+    def _allocate(self, tokens: int) -> KeyValues:
+        limit = self._session.context_tokens
+        return self._session.new_cache(1, tokens if limit is None else min(tokens, limit))
+
+    def _capacity(self, values: KeyValues) -> int | None:
+        return capacity(values.cache, self._session.shape.sliding_window)
 
     def _cut(self, cache: Cache, ids: list[int]) -> bool:
         """Cut off what differs from `ids`; False when the cache cannot be cut."""
@@ -138,7 +169,3 @@ class Conversation:
         except RuntimeError:  # a sliding window that has already moved on
             return False
         return int(cache.get_seq_length()) == keep
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import engine
 from engine.conversation import Conversation
 from engine.errors import RuntimeFailure
 from engine.generate import capacity
 from engine.session import Session
 from tests import plain
 from tests.conftest import Build
+from tests.models import tiny_model
 
 TURNS = ["hello", "and you?", "once more, with feeling"]
 
@@ -105,7 +112,7 @@ def test_a_static_cache_grows_when_a_conversation_does(
     for chat, ids, new in _converse(session):
         assert new == _fresh(session, ids, len(new))
         assert chat._values is not None
-        sizes.append(capacity(chat._values.cache) or 0)
+        sizes.append(capacity(chat._values.cache, None) or 0)
     assert sizes[0] < sizes[-1]
 
 
@@ -121,3 +128,77 @@ def _talk_on(chat: Conversation) -> None:
     for turn in range(40):
         for _ in chat.send(f"turn {turn} with some words in it"):
             pass
+
+
+@pytest.mark.parametrize("size", [40, 80])
+def test_a_window_is_not_cut_short_by_a_static_cache(size: int, tmp_path: Path) -> None:
+    """A layer narrower than its window drops tokens that the model still attends to."""
+    folder = tiny_model("mistral", tmp_path, sliding_window=64)
+    words = ["cache=static", f"cache.max_tokens={size}", "decode.max_new_tokens=12"]
+    recipe = engine.compose("base", [f"model.path={folder}", "model.dtype=float32", *words])
+    with engine.build(recipe) as session:
+        room = capacity(session.new_cache(1, 128).cache, 64)
+        assert room == (40 if size == 40 else None)
+        output = session.generate("hello")
+        ids = list(session.tokenizer("hello")["input_ids"])
+        assert output.token_ids == plain.greedy(folder, ids, 12)
+        if room is not None:
+            with pytest.raises(RuntimeFailure, match="cache holds 40"):
+                session.generate("a prompt of more than forty tokens, by far and away")
+        long = session.generate("hello hello hello") if room else None
+        assert long is None or long.figures.prompt_tokens + long.figures.new_tokens <= 40
+
+
+def test_an_answer_that_was_not_read_is_broken_off(build: Build) -> None:
+    session = build("decode.max_new_tokens=30")
+    chat = Conversation(session)
+    first = chat.send("hello")
+    next(first)
+    second = chat.send("and you?")
+    for _ in second:
+        pass
+    assert list(first) == []
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
+    ids = chat._ids[: -len(second.output.token_ids)]
+    assert second.output.token_ids == _fresh(session, ids, len(second.output.token_ids))
+
+
+def test_a_message_counts_when_its_answer_is_read(build: Build) -> None:
+    session = build("decode.max_new_tokens=4")
+    chat = Conversation(session)
+    chat.send("never read")
+    chat.send("closed at once").close()
+    for _ in chat.send("hello"):
+        pass
+    assert [message["content"] for message in chat.messages[:1]] == ["hello"]
+    assert len(chat.messages) == 2
+
+
+def test_a_capped_cache_still_carries_over(build: Build) -> None:
+    words = ["cache=static", "cache.max_tokens=120", "decode.max_new_tokens=128"]
+    session = build(*words)
+    decoder = session.built["decode"]
+    session.built["decode"] = lambda generation: decoder(replace(generation, max_new_tokens=3))
+    chat = Conversation(session)
+    for turn in ("a", "b"):
+        for _ in chat.send(turn):
+            pass
+    assert chat.receipt is not None
+    assert chat.receipt.claim == "this turn processed only what was new"
+    assert int(chat.receipt.evidence["from_cache"]) > 0
+
+
+def test_the_tail_is_tokenized_in_its_place() -> None:
+    """Some tokenizers mark the beginning of a text: a tail on its own would be marked as well."""
+    letters = {letter: index for index, letter in enumerate("\u2581helobyx")}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    kind: Any = PreTrainedTokenizerFast
+    tokenizer = kind(tokenizer_object=backend)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chat = Conversation.__new__(Conversation)
+    chat._session = cast(Session, SimpleNamespace(tokenizer=tokenizer))
+    chat._ids = list(tokenizer("hello")["input_ids"])
+    ids = chat._tokens([{"role": "user", "content": "hello"}, {"role": "user", "content": "bye"}])
+    assert ids == list(tokenizer("hellobye")["input_ids"])
