@@ -178,9 +178,9 @@ def test_a_capped_cache_still_carries_over(build: Build) -> None:
     words = ["cache=static", "cache.max_tokens=120", "decode.max_new_tokens=128"]
     session = build(*words)
     decoder = session.built["decode"]
-    session.built["decode"] = lambda generation: decoder(replace(generation, max_new_tokens=3))
+    session.built["decode"] = lambda generation: decoder(replace(generation, max_new_tokens=6))
     chat = Conversation(session)
-    for turn in ("a", "b"):
+    for turn in TURNS[:2]:
         for _ in chat.send(turn):
             pass
     assert chat.receipt is not None
