@@ -15,6 +15,7 @@ from engine.conversation import Conversation
 from engine.errors import RecipeError
 from engine.generate import TextStream, answer_batch, begin
 from engine.probe import probe_model
+from engine.template import render
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -87,7 +88,5 @@ class TextTask:
         if not self._chat_template:
             # Not verbose: what is too long is refused with numbers, by `begin`.
             return list(tokenizer(prompt, verbose=False)["input_ids"])
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return list(tokenizer(str(text), add_special_tokens=False, verbose=False)["input_ids"])
+        text = render(tokenizer, [{"role": "user", "content": prompt}])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from engine.errors import RecipeError
+from engine.errors import CheckpointError, RecipeError
 from tests.conftest import Build
 
 
@@ -37,6 +39,25 @@ def test_a_template_that_is_not_there_is_refused(build: Build) -> None:
     task.chat_template = True
     with pytest.raises(RecipeError, match=r"no chat template[\s\S]*task.chat_template=false"):
         task.task(TaskContext(session=session))
+
+
+@pytest.mark.parametrize(
+    ("template", "cause"),
+    [
+        ("{% if %}", r"in line 1: TemplateSyntaxError"),
+        ("{{ raise_exception('no users here') }}", r"TemplateError: no users here"),
+        ("{{ 1 // 0 }}", r"ZeroDivisionError"),
+        (5, r"TypeError"),
+        ({"one": "a", "two": "b"}, r"ValueError"),
+    ],
+)
+def test_a_template_that_fails_is_the_checkpoints_fault(
+    build: Build, template: Any, cause: str
+) -> None:
+    session = build("task.chat_template=true", "decode.max_new_tokens=2")
+    session.tokenizer.chat_template = template
+    with pytest.raises(CheckpointError, match=rf"chat template.*{cause}[\s\S]*mend"):
+        session.generate("def add")
 
 
 def test_the_receipt_counts_what_went_through(build: Build) -> None:
