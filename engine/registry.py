@@ -1,15 +1,20 @@
 """Find what is installed: choices are read from metadata, and imported when they are chosen.
 
-Entry-point groups are `engine.<slot>`. Listing imports nothing, selecting imports one plugin.
+Entry-point groups are `engine.<slot>`. Listing imports nothing, selecting imports one plugin. What
+a choice does is read from its source, which is parsed and not run.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec, resolve_name
+from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, PluginError, Problem, choices_hint
@@ -17,6 +22,25 @@ from engine.hookspecs import API_VERSION, SLOTS
 
 _origins: dict[tuple[str, type[Any]], str] = {}
 """Slot and class of each imported plugin → its distribution."""
+
+STATE = (
+    "which is state, and a plugin holds options only: sessions may share it, and a recipe could "
+    "set it; keep it in what a hook returns (session.built[<hook>]), an observer in event.kept"
+)
+"""Why an option dataclass may have no `field(init=False)`."""
+
+HOPS = 3
+"""Imports and base classes that are followed from one source file to the next."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option as its class declares it."""
+
+    name: str
+    type: str
+    default: str
+    """As in the code; '' when it must be given."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +63,29 @@ class Choice:
             raise self._broken("is not a dataclass; a plugin is a dataclass with hooks as methods")
         if found.__dataclass_params__.frozen:  # type: ignore[attr-defined]
             raise self._broken("is a frozen dataclass, whose options no recipe could change")
+        state = [field.name for field in dataclasses.fields(found) if not field.init]
+        if state:
+            raise self._broken(f"has {', '.join(state)} = field(init=False), {STATE}")
         required = getattr(found, "engine_api", None)
         if required is not None and not self._works_with_us(required):
             raise self._broken(f"works with hook contract {required}; this is {API_VERSION}")
         _origins[self.slot, found] = self.distribution
         return found
+
+    def read(self) -> tuple[str, tuple[Option, ...]]:
+        """Return the first line of the docstring, and the options, without importing the plugin.
+
+        What the source does not tell (a class made by a function, a compiled module) is left out.
+        """
+        module, _, name = self.entry.value.partition("[")[0].partition(":")
+        try:
+            found = _definition(module.strip(), name.strip())
+            if found is None:
+                return "", ()
+            text = ast.get_docstring(found[1]) or ""
+            return text.partition("\n")[0], tuple(_options(*found).values())
+        except Exception:  # whatever is wrong with it, selecting it says so; here it is one of many
+            return "", ()
 
     def verify(self) -> type[Any]:
         """Import the class, and hold its options and hooks against the contract."""
@@ -145,3 +187,67 @@ def find(slot: str, name: str) -> Choice:
 def origin(slot: str, plugin: type[Any]) -> str:
     """Return the distribution of a plugin's class, or where the class is defined."""
     return _origins.get((slot, plugin), f"{plugin.__module__}:{plugin.__qualname__}")
+
+
+def _source(module: str) -> tuple[str, list[ast.stmt]]:
+    """Return a module's package, and its statements."""
+    # Only the top-level package is looked up: finding it imports nothing. Ours is installed from
+    # two folders, and `engine` is imported anyway.
+    ours = module.startswith("engine.plugins.")
+    top = "engine.plugins" if ours else module.partition(".")[0]
+    rest = module.removeprefix(top).split(".")[1:]
+    spec = find_spec(top)
+    places = [Path(place, *rest) for place in (spec and spec.submodule_search_locations) or ()]
+    files = [(module, place / "__init__.py") for place in places]
+    files += [(module.rpartition(".")[0], place.with_suffix(".py")) for place in places]
+    if spec and spec.origin and not places:
+        files = [("", Path(spec.origin))]
+    package, file = next((package, file) for package, file in files if file.is_file())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the code of others
+        return package, ast.parse(file.read_bytes()).body
+
+
+def _definition(module: str, name: str, hops: int = HOPS) -> tuple[str, ast.ClassDef] | None:
+    """Return a class of a module, and the module that defines it."""
+    package, body = _source(module)
+    for node in body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return module, node
+        if isinstance(node, ast.ImportFrom) and hops:
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    origin = resolve_name("." * node.level + (node.module or ""), package)
+                    return _definition(origin, alias.name, hops - 1)
+    return None
+
+
+def _options(module: str, node: ast.ClassDef, hops: int = HOPS) -> dict[str, Option]:
+    """Return what a class declares, after what it inherits."""
+    found: dict[str, Option] = {}
+    for base in reversed(node.bases):
+        parent = _definition(module, base.id, hops) if isinstance(base, ast.Name) and hops else None
+        if parent is not None:
+            found |= _options(*parent, hops - 1)
+    for part in node.body:
+        if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name):
+            kind = ast.unparse(part.annotation)
+            if "ClassVar" not in kind:
+                name = part.target.id
+                found[name] = Option(name, kind, _default(part.value, kind))
+    return found
+
+
+def _default(value: ast.expr | None, kind: str) -> str:
+    if isinstance(value, ast.Call) and ast.unparse(value.func).endswith("field"):
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        factory = given.get("default_factory")
+        if isinstance(factory, ast.Lambda):
+            return _default(factory.body, kind)
+        if factory is not None:
+            made = ast.unparse(factory)
+            return {"list": "[]", "dict": "{}"}.get(made, f"{made}()")
+        return _default(given.get("default"), kind)
+    if isinstance(value, ast.Attribute) and ast.unparse(value.value) == kind:
+        return value.attr  # of an Enum, as a recipe writes it
+    return "" if value is None else ast.unparse(value)

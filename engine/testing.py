@@ -9,7 +9,10 @@
         options = {"size": 4}
 
 `pytest` then holds the plugin's class, options and hooks against `engine/hookspecs.py`, and builds
-and runs it on a tiny random model. The plugin's package must be installed (`pip install -e .`).
+and runs it on a tiny random model. The plugin's package must be installed where the engine is:
+`.venv/bin/pip install -e .`, with the engine's `.venv`. `pytest -k window` runs one contract.
+
+Where a hook raises, pytest shows both tracebacks, and on the command line ENGINE_DEBUG=1 does.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import engine
 from engine.calls import HOOKS, PROVIDERS, Chosen
 from engine.hooks import Hooks
 from engine.hookspecs import SLOTS
-from engine.registry import Choice, installed
+from engine.registry import STATE, Choice, installed
 
 if TYPE_CHECKING:
     from engine.contexts import CheckContext
@@ -128,7 +131,13 @@ class PluginContract:
         """A recipe finds it by an entry point, which is listed without importing it."""
         _demand(self.slot in SLOTS, f"{self.slot} is no slot; there are: {', '.join(SLOTS)}")
         choice = self._choice()
-        _demand(choice.load() is self.plugin, f"{choice.entry.value} is not {self._name}")
+        found, module = choice.load(), sys.modules.get(self.plugin.__module__)
+        _demand(
+            found is self.plugin,
+            f"{choice.entry.value} of {choice.distribution} is another class than the one under "
+            f"test, from {getattr(module, '__file__', module)}: install that one, "
+            f"{sys.executable} -m pip install -e .",
+        )
 
     # -- its options --------------------------------------------------------------------------
 
@@ -145,7 +154,11 @@ class PluginContract:
                 f"{self._name} has options that a recipe cannot hold: {error}\n"
                 "use int, float, bool, str, Enum, list, dict, or one of them | None"
             ) from error
-        _demand(found == self.plugin(**self.options), f"options come back otherwise: {found}")
+        given = self.plugin(**self.options)
+        _demand(
+            found == given,
+            f"options come back otherwise: {given} → {found}; write lists for tuples and sets",
+        )
 
     def test_options_of_a_wrong_type_are_refused(self) -> None:
         """A type that is checked is an option that cannot be mistyped."""
@@ -164,10 +177,12 @@ class PluginContract:
             raise AssertionError(f"{self.slot}.{field.name} takes text, though it is {field.type}")
 
     def test_what_it_declares_is_no_option(self) -> None:
-        """Traits and versions are class variables or properties."""
+        """Traits and versions are class variables or properties; state is nowhere in a plugin."""
         names = {field.name for field in dataclasses.fields(self.plugin)}
         wrong = names & {"provides", "needs", "excludes", "engine_api"}
         _demand(not wrong, f"{', '.join(wrong)}: annotate with ClassVar, or it is an option")
+        state = [field.name for field in dataclasses.fields(self.plugin) if not field.init]
+        _demand(not state, f"{self._name} has {', '.join(state)} = field(init=False), {STATE}")
 
     # -- its hooks ----------------------------------------------------------------------------
 
@@ -177,16 +192,25 @@ class PluginContract:
         for name in self._answered():
             taken = list(inspect.signature(getattr(self.plugin, name)).parameters)[1:]
             _demand(len(taken) == 1, f"{self._name}.{name} takes {taken or 'nothing'}; one is due")
-        _demand(any(hooks.answers(hooks.chosen[0], hook) for hook in HOOKS), "it has no hook")
+        answered = any(hooks.answers(hooks.chosen[0], hook) for hook in HOOKS)
+        _demand(answered, f"{self._name} has no hook: mark its methods with @engine.hookimpl")
 
     def test_it_answers_its_slot_and_only_that(self) -> None:
         """Each provider hook is answered by the plugin in the slot of its name."""
         hooks = self._hooks()  # which refuses the hooks of other slots
         if self.slot in PROVIDERS:
             answers = hooks.answers(hooks.chosen[0], self.slot)
-            _demand(answers, f"{self._name} fills {self.slot}, and has no hook {self.slot}")
+            _demand(
+                answers,
+                f"{self._name} fills {self.slot}, and has no hook {self.slot}: add the method, "
+                "marked with @engine.hookimpl; plugins/README.md has an example",
+            )
         proves = hooks.answers(hooks.chosen[0], "receipts")
-        _demand(proves or self.slot == "observe", f"{self._name} has no hook receipts")
+        _demand(
+            proves or self.slot == "observe",
+            f"{self._name} has no hook receipts, so nothing would prove that it took effect: add "
+            "one that yields a Receipt with numbers read from the session",
+        )
 
     def test_check_names_the_problem_and_the_remedy(self) -> None:
         """What is refused is refused in words, whatever the values and the model."""
@@ -208,10 +232,15 @@ class PluginContract:
         """It builds, proves itself, and answers."""
         session = self._built(tmp_path)
         receipts = [receipt for receipt in session.receipts if receipt.slot == self.slot]
-        _demand(bool(receipts) or self.slot == "observe", "it gave no receipt")
-        _demand(all(receipt.evidence for receipt in receipts), f"no evidence in {receipts}")
+        _demand(bool(receipts) or self.slot == "observe", f"{self._name} gave no receipt")
+        for receipt in receipts:
+            _demand(bool(receipt.evidence), f"{self._name} proves without evidence: {receipt}")
         tokens = session.generate(PROMPT).token_ids
-        _demand(len(tokens) == NEW_TOKENS, f"{NEW_TOKENS} tokens were due; it gave {tokens}")
+        _demand(
+            len(tokens) == NEW_TOKENS,
+            f"with decode.max_new_tokens={NEW_TOKENS} and {self._name}, {NEW_TOKENS} tokens were "
+            f"due; the answer has {tokens}",
+        )
 
     def test_it_is_as_exact_as_it_claims(self, tmp_path: Path) -> None:
         """Unless it is lossy, one prompt and a padded batch give the tokens they give without."""
@@ -223,7 +252,8 @@ class PluginContract:
             expected = _answer(session)
         _demand(
             found == expected,
-            f"greedy tokens with it {found}, without {expected}; if that is meant: exact = False",
+            f"greedy tokens with it {found}, without {expected}; if {self._name} may change them, "
+            "write exact = False in its contract",
         )
 
     def test_sessions_can_share_it(self, tmp_path: Path) -> None:
@@ -233,7 +263,12 @@ class PluginContract:
         before, answer = dict(vars(plugin)), _answer(first)
         with engine.build(first.recipe) as second:
             other = _answer(second)
-        _demand(dict(vars(plugin)) == before, f"building changed it: {before} → {vars(plugin)}")
+        _demand(
+            dict(vars(plugin)) == before,
+            f"building or running changed {self._name}: {before} → {vars(plugin)}; options are all "
+            "that it may hold. Keep the rest in what a hook returns (session.built[<hook>]), an "
+            "observer in event.kept",
+        )
         _demand(other == answer, f"the second session of a recipe answers {other}, not {answer}")
         again = _answer(first)
         _demand(again == answer, f"after a second session, the first answers {again}, not {answer}")
@@ -288,7 +323,12 @@ class PluginContract:
 
     def _verdict(self, folder: Path) -> Verdict:
         verdict = engine.check(self._recipe(folder))
-        _demand(verdict.ok, f"check refuses it on {self.family}: {verdict.problems}")
+        _demand(
+            verdict.ok,
+            f"check refuses {self._name} on a {self.family} of two layers and 128 positions:\n"
+            + "\n".join(map(str, verdict.problems))
+            + "\nset `options`, `overrides` or `family` of the contract to what it works with",
+        )
         return verdict
 
     def _built(self, folder: Path) -> Session:

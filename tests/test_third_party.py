@@ -111,6 +111,9 @@ def test_list_names_choices_and_recipes_and_imports_none(good: Path, run: Comman
     assert done.stderr.strip().endswith("[]"), "a plugin was imported in order to be listed"
     rows = {(row["group"], row["name"]): row for row in json.loads(done.stdout)}
     assert rows["attention", "window"]["origin"] == "acme-recipes 0.1.0"
+    assert rows["attention", "window"]["about"].startswith("Attend to the last `size` tokens")
+    size = {"name": "size", "type": "int", "default": "64"}
+    assert rows["attention", "window"]["options"] == [size]
     assert rows["cache", "half"]["origin"] == "acme-recipes 0.1.0"
     assert rows["attention", "sdpa"]["origin"].startswith("recipe-engine ")
     assert rows["recipes", "acme-window"]["about"].startswith("Each token sees")
@@ -118,7 +121,10 @@ def test_list_names_choices_and_recipes_and_imports_none(good: Path, run: Comman
 
 def test_the_table_shows_the_distribution(good: Path, run: Command) -> None:
     done = run(good, "list", "attention")
-    assert re.search(r"window\s+plugin\s+acme-recipes 0\.1\.0", done.stdout)
+    assert re.search(r"window\s+plugin\s+acme-recipes 0\.1\.0\s+Attend to the last", done.stdout)
+    assert "attention.size: int = 64" in done.stdout
+    assert "attention.size" not in run(good, "list").stdout
+    assert "quantize.skip_modules: list[str] = []" in run(good, "list", "quantize").stdout
 
 
 def test_verify_imports_and_tells_what_each_does(good: Path, run: Command) -> None:

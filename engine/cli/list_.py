@@ -14,7 +14,7 @@ from engine.errors import EngineError, RecipeError, choices_hint
 from engine.hookspecs import SLOTS
 
 if TYPE_CHECKING:
-    from engine.registry import Choice
+    from engine.registry import Choice, Option
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Row:
     origin: str
     """Distribution and version, or the YAML file."""
     about: str = ""
-    """First comment of a YAML file; a plugin's docstring, once it is imported."""
+    """First line of a YAML file's comment, or of a plugin's docstring."""
+    options: tuple[Option, ...] = ()
+    """What can be set behind a plugin's name."""
     ok: bool | None = None
     """Whether it could be imported; None where nobody tried."""
 
@@ -42,7 +44,9 @@ def list_(
     ] = False,
     json: common.Json = False,
 ) -> None:
-    """List recipes, the choices for each slot, and targets, with where each comes from.
+    """List recipes, the choices for each slot, and targets: where each comes from, what it does.
+
+    With a slot, also the options of its choices. Nothing is imported without --verify.
 
     engine list
 
@@ -57,7 +61,7 @@ def list_(
     if json:
         common.print_json([asdict(row) for row in rows])
     else:
-        _print(rows)
+        _print(rows, options=what in SLOTS)
     if verify and any(row.ok is False for row in rows):
         raise typer.Exit(5)
 
@@ -83,13 +87,15 @@ def _plugin(group: str, name: str, claim: Choice, verify: bool, claims: int) -> 
     if claims > 1:
         about = "claimed more than once: choosing it is refused"
         return Row(group, name, "plugin", claim.distribution, about, ok=False)
-    if not verify:
-        return Row(group, name, "plugin", claim.distribution)
-    try:
-        about = (claim.verify().__doc__ or "").strip().partition("\n")[0]
-        return Row(group, name, "plugin", claim.distribution, about, ok=True)
-    except EngineError as error:
-        return Row(group, name, "plugin", claim.distribution, error.problems[0].message, ok=False)
+    about, options = claim.read()
+    ok = None
+    if verify:
+        try:
+            about = (claim.verify().__doc__ or "").strip().partition("\n")[0]
+            ok = True
+        except EngineError as error:
+            about, ok = error.problems[0].message, False
+    return Row(group, name, "plugin", claim.distribution, about, options, ok)
 
 
 def _first_comment(file: Path) -> str:
@@ -101,7 +107,7 @@ def _first_comment(file: Path) -> str:
     return first.lstrip("# ").strip() if first.startswith("#") else ""
 
 
-def _print(rows: list[Row]) -> None:
+def _print(rows: list[Row], *, options: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -112,11 +118,18 @@ def _print(rows: list[Row]) -> None:
     for row in rows:
         state = {True: "ok", False: "BROKEN", None: ""}[row.ok]
         origin = row.origin if row.kind == "plugin" else Path(row.origin).name
+        shown = [_as_declared(row.group, option) for option in row.options if options]
+        about = "\n".join([row.about, *shown])
         table.add_row(
-            state, "" if row.group == group else row.group, row.name, row.kind, origin, row.about
+            state, "" if row.group == group else row.group, row.name, row.kind, origin, about
         )
         group = row.group
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # list[int] is no markup
     if not console.is_terminal:
         console.width = 160
     console.print(table)
+
+
+def _as_declared(slot: str, option: Option) -> str:
+    default = f" = {option.default}" if option.default else ""
+    return f"  {slot}.{option.name}: {option.type}{default}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -62,6 +63,112 @@ def test_listing_imports_nothing(distribute: Distribute) -> None:
     assert "lazy" not in sys.modules
 
 
+DESCRIBED = '''raise SystemError("imported")
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import ClassVar
+
+class Mode(Enum):
+    fast = "fast"
+
+@dataclass
+class Base:
+    """Not what A says."""
+    size: int = 1
+    kept: str = "x"
+
+@dataclass
+class A(Base):
+    """Keep \\d tokens.
+
+    And more.
+    """
+    size: int = 64
+    """Tokens."""
+    given: float
+    mode: Mode = Mode.fast
+    more: list[int] = field(default_factory=list)
+    pair: list[int] = field(default_factory=lambda: [1, 2])
+    limit: int | None = field(default=None, metadata={})
+    provides: ClassVar[tuple[str, ...]] = ()
+'''
+
+OPTIONS = [
+    ("size", "int", "64"),
+    ("kept", "str", "'x'"),
+    ("given", "float", ""),
+    ("mode", "Mode", "fast"),
+    ("more", "list[int]", "[]"),
+    ("pair", "list[int]", "[1, 2]"),
+    ("limit", "int | None", "None"),
+]
+
+
+def _read(slot: str, name: str) -> tuple[str, list[tuple[str, ...]]]:
+    about, options = registry.find(slot, name).read()
+    return about, [dataclasses.astuple(option) for option in options]
+
+
+def test_what_a_choice_does_is_read_without_importing_it(distribute: Distribute) -> None:
+    distribute("lazy", "[engine.cache]\nlazy = lazy:A\n", DESCRIBED)
+    assert _read("cache", "lazy") == ("Keep \\d tokens.", OPTIONS)
+    assert "lazy" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "initial", ["from .deep.inner import A", "from parcel.deep import inner, A as A"]
+)
+def test_a_class_that_its_package_passes_on_is_read_where_it_is(
+    initial: str, distribute: Distribute
+) -> None:
+    place = distribute("parcel", "[engine.cache]\nlazy = parcel:A [extra]\n")
+    place.joinpath("parcel.py").unlink()
+    place.joinpath("parcel/deep").mkdir(parents=True)
+    place.joinpath("parcel/__init__.py").write_text(f"raise SystemError\n{initial}\n")
+    place.joinpath("parcel/deep/__init__.py").write_text("from .inner import A")
+    place.joinpath("parcel/deep/inner.py").write_text(DESCRIBED)
+    assert _read("cache", "lazy") == ("Keep \\d tokens.", OPTIONS)
+    assert "parcel" not in sys.modules
+
+
+def test_ours_are_read_too() -> None:
+    about, options = _read("observe", "trace")
+    assert about.startswith("Append to `path`")
+    assert options == [("path", "str", "'engine-trace.jsonl'")]
+    for slot, names in registry.installed().items():
+        for name, (claim,) in names.items():
+            plugin = claim.load()
+            expected = [field.name for field in dataclasses.fields(plugin)]
+            assert [option.name for option in claim.read()[1]] == expected, f"{slot}={name}"
+            assert claim.read()[0] == (plugin.__doc__ or "").partition("\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "code"),
+    [
+        ("odd:A", "def broken(:"),
+        ("odd:A", "\x00"),
+        ("odd:A", "from odd import A"),
+        ("odd:A", "from . import A"),
+        ("odd:A", "class A(A): pass"),
+        ("odd:A", "class A: pass"),
+        ("odd:A", "x = " + "1+" * 20_000 + "1"),
+        ("odd:A", "A = 1"),
+        ("odd:B.C", "class B:\n    class C:\n        'No'"),
+        ("nowhere.at.all:A", ""),
+        ("sys:A", ""),
+        ("math:A", ""),
+        ("odd", ""),
+        ("engine.plugins.nowhere:A", ""),
+    ],
+)
+def test_what_cannot_be_read_is_listed_without_words(
+    value: str, code: str, distribute: Distribute
+) -> None:
+    distribute("odd", f"[engine.cache]\nodd = {value}\n", code)
+    assert _read("cache", "odd") == ("", [])
+
+
 def test_other_groups_are_left_alone(distribute: Distribute) -> None:
     distribute("other", "[engine.nonsense]\na = other:A\n[engine]\nb = other:A\n[x.cache]\nc = o:A")
     assert not {"a", "b", "c"} & {name for names in registry.installed().values() for name in names}
@@ -116,6 +223,11 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
         ("def A(): pass", "is not a dataclass"),
         (PLUGIN + "A = A()", "is not a dataclass"),
         (PLUGIN.replace("@dataclass", "@dataclass(frozen=True)"), "is a frozen dataclass"),
+        (
+            PLUGIN.replace("dataclass\n", "dataclass, field\n", 1)
+            + "    runs: int = field(default=0, init=False)",
+            "has runs = field(init=False), which is state, and a plugin holds options only",
+        ),
         (PLUGIN + "    engine_api = '>=2'", "works with hook contract >=2; this is 1.0"),
         (PLUGIN + "    engine_api = 'new'", "engine_api that is no range of versions"),
     ],

@@ -15,7 +15,7 @@ import pytest
 
 from engine import hookimpl, registry
 from engine.contexts import Attention, Receipt
-from engine.errors import Problem
+from engine.errors import PluginError, Problem
 from engine.testing import PluginContract, tiny_checkpoint
 
 
@@ -163,6 +163,30 @@ def test_a_trait_that_became_an_option() -> None:
         _contract(Odd).test_what_it_declares_is_no_option()
 
 
+def test_state_that_became_an_option(installed: Any) -> None:
+    @dataclass
+    class Odd(Good):
+        runs: int = field(default=0, init=False)
+
+    with pytest.raises(AssertionError, match=r"Odd has runs = field\(init=False\), which is state"):
+        _contract(Odd).test_what_it_declares_is_no_option()
+    installed(Odd)
+    with pytest.raises(PluginError, match=r"attention=test .*has runs = field\(init=False\)"):
+        registry.find("attention", "test").load()
+
+
+def test_what_check_refuses_everywhere(installed: Any, tmp_path: Path) -> None:
+    @dataclass
+    class Picky(Good):
+        @hookimpl
+        def check(self, context: Any) -> Iterator[Problem]:
+            yield Problem(slot="attention", message="no cores", hint="attention=eager")
+
+    installed(Picky)
+    with pytest.raises(AssertionError, match=r"refuses Picky.*\nno cores\n  attention=eager\nset"):
+        _contract(Picky).test_estimate_gives_bytes_and_seconds(tmp_path)
+
+
 def test_a_hook_without_its_argument(installed: Any) -> None:
     @dataclass
     class Alone(Good):
@@ -276,7 +300,7 @@ def test_a_plugin_that_remembers(installed: Any, tmp_path: Path) -> None:
     installed(Counting)
     contract = _contract(Counting)
     try:
-        with pytest.raises(AssertionError, match=r"building changed it: .*'size': 4.*'size': 5"):
+        with pytest.raises(AssertionError, match=r"changed .*'size': 4.*'size': 5.*event\.kept"):
             contract.test_sessions_can_share_it(tmp_path)
     finally:
         type(contract).teardown_class()
