@@ -35,6 +35,8 @@ COLLECTING = ("check", "estimate", "prepare", "receipts", "observe")
 
 HOOKS = (*PROVIDERS, *COLLECTING)
 
+_ASYNC = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
@@ -116,13 +118,16 @@ class Calls:
             yield
         except EngineError:
             raise
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit, GeneratorExit) as error:
+            author = self._author(error, one)
+            if author is None and isinstance(error, GeneratorExit):
+                raise  # a reader closed the stream
             if type(error).__name__ == "OutOfMemoryError":
                 raise RuntimeFailure(
                     f"the device is out of memory: {str(error).splitlines()[0]}",
                     hint="quantize=bitsandbytes, a smaller cache.max_tokens, or a shorter prompt",
                 ) from error
-            author, hook = self._author(error, one) or (one, hook)
+            author, hook = author or (one, hook)
             self.blame(author, hook, f"raised {type(error).__name__}: {error}", error)
 
     def _register(self, seat: _Seat) -> None:
@@ -140,6 +145,9 @@ class Calls:
                 )
             for implementation in caller.get_hookimpls():
                 self._hook_of[implementation.function.__code__] = caller.name
+                if implementation.function.__code__.co_flags & _ASYNC:
+                    why = f"{caller.name} is an 'async def', and hooks are not awaited"
+                    raise self._misshapen(one, why)
 
     def _misshapen(self, one: Chosen, why: str) -> PluginError:
         hint = f"the hooks are: {', '.join(HOOKS)}"
@@ -148,6 +156,8 @@ class Calls:
             close = nearest(unknown, HOOKS)
             hint = f"did you mean {close}? {hint}" if close else hint
             why = f"there is no hook '{unknown}'"
+        elif "async def" in why:
+            hint = "write it with 'def', and run what is asynchronous inside: asyncio.run(…)"
         else:
             why = "; ".join(why.splitlines())
             hint = "a hook has one argument beside self, named as in engine/hookspecs.py"

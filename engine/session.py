@@ -49,11 +49,12 @@ class Session:
     attention_calls: int = 0
     """How often a custom attention forward ran in the probe."""
     on_close: list[Any] = field(default_factory=list)
+    closed: bool = False
 
     @property
     def model(self) -> PreTrainedModel:
         """Return the loaded model."""
-        return self.built["load"].model  # type: ignore[no-any-return]
+        return self._open_part("load").model  # type: ignore[no-any-return]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -62,7 +63,7 @@ class Session:
         Raises:
             RuntimeFailure: when the model came without one.
         """
-        tokenizer = self.built["load"].tokenizer
+        tokenizer = self._open_part("load").tokenizer
         if tokenizer is None:
             raise RuntimeFailure(
                 f"{self.recipe.model.path} has no tokenizer, and text needs one",
@@ -73,7 +74,18 @@ class Session:
     @property
     def task(self) -> Task:
         """Return what the recipe is for."""
-        return self.built["task"]  # type: ignore[no-any-return]
+        return self._open_part("task")  # type: ignore[no-any-return]
+
+    def _open_part(self, hook: str) -> Any:
+        self._require_open()
+        return self.built[hook]
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise RuntimeFailure(
+                "the session is closed, and its model given back",
+                hint="build it again: engine.build(session.recipe)",
+            )
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -100,19 +112,32 @@ class Session:
         return frozenset(given if isinstance(given, list) else [given]) - {None}
 
     def stream(self, prompt: str) -> Stream:
-        """Answer piece by piece; after the last piece `.output` holds text, tokens and figures."""
+        """Answer piece by piece; after the last piece `.output` holds text, tokens and figures.
+
+        Raises:
+            RuntimeFailure: when the session is closed, or `prompt` is no text.
+        """
+        self._require_open()
+        _check_text(prompt)
         with self.hooks.blaming(self.hooks.slot("task"), "task"):
             return self.task.stream(prompt)
 
     @overload
     def generate(self, prompts: str) -> Output: ...
     @overload
-    def generate(self, prompts: list[str]) -> list[Output]: ...
-    def generate(self, prompts: str | list[str]) -> Output | list[Output]:
-        """Answer one prompt, or several together as one batch."""
-        if isinstance(prompts, list):
+    def generate(self, prompts: list[str] | tuple[str, ...]) -> list[Output]: ...
+    def generate(self, prompts: str | list[str] | tuple[str, ...]) -> Output | list[Output]:
+        """Answer one prompt, or several together as one batch.
+
+        Raises:
+            RuntimeFailure: when the session is closed, or a prompt is no text.
+        """
+        if isinstance(prompts, list | tuple):
+            self._require_open()
+            for prompt in prompts:
+                _check_text(prompt)
             with self.hooks.blaming(self.hooks.slot("task"), "task"):
-                return self.task.batch(prompts)
+                return self.task.batch(list(prompts))
         stream = self.stream(prompts)
         for _ in stream:
             pass
@@ -120,6 +145,7 @@ class Session:
 
     def chat(self) -> Chat:
         """Start a conversation; its cache carries over from turn to turn."""
+        self._require_open()
         with self.hooks.blaming(self.hooks.slot("task"), "task"):
             return self.task.chat()
 
@@ -132,6 +158,7 @@ class Session:
         """Ask every plugin for its proofs, now."""
         from engine.receipts import collect
 
+        self._require_open()
         self.receipts = collect(self)
         return self.receipts
 
@@ -141,7 +168,8 @@ class Session:
         self.hooks.observe(Event(kind=kind, data=data, kept=kept))
 
     def close(self) -> None:
-        """Let go of the model, and of what was registered for it."""
+        """Let go of the model, and of what was registered for it; again does nothing."""
+        self.closed = True
         close = getattr(self.built.get("decode"), "close", None)
         try:
             if close is not None:
@@ -167,3 +195,20 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _check_text(prompt: object) -> None:
+    """Refuse what no tokenizer takes, before a plugin is blamed for it."""
+    if not isinstance(prompt, str):
+        raise RuntimeFailure(
+            f"a prompt is text, and this is {type(prompt).__name__}: {prompt!r:.60}",
+            hint="pass a str, or to generate a list of str",
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RuntimeFailure(
+            f"a prompt is text, and this has half a character at position {error.start}: "
+            f"{prompt[error.start]!r}",
+            hint="decode the bytes it came from as UTF-8, without surrogates",
+        ) from error

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 import engine
+from engine.calls import Chosen
 from engine.errors import PluginError, RecipeError, RuntimeFailure
+from engine.hooks import Hooks
 from tests import plain
 from tests.conftest import Build
 
@@ -175,3 +179,65 @@ def test_the_tokenizer_says_what_ends_an_answer_when_the_model_does_not(build: B
     session.tokenizer.eos_token = "<s>"
     del session.__dict__["end_ids"]
     assert session.end_ids == {1}
+
+
+USES: list[Callable[[engine.Session], object]] = [
+    lambda session: session.stream("x"),
+    lambda session: session.generate("x"),
+    lambda session: session.generate(["x"]),
+    lambda session: session.chat(),
+    lambda session: session.collect_receipts(),
+    lambda session: session.model,
+    lambda session: session.tokenizer,
+]
+
+
+def test_a_closed_session_says_so(build: Build) -> None:
+    session = build()
+    stream = session.stream("def add")
+    session.close()
+    session.close()
+    for use in (*USES, lambda session: next(stream)):
+        with pytest.raises(RuntimeFailure, match=r"session is closed[\s\S]*engine.build"):
+            use(session)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"def", {"a"}, "half \ud83d", ["fine", None]])
+def test_a_prompt_that_is_no_text_is_refused_as_such(build: Build, prompt: Any) -> None:
+    session = build()
+    with pytest.raises(RuntimeFailure, match="a prompt is text"):
+        session.generate(prompt)
+    with pytest.raises(RuntimeFailure, match="a prompt is text"):
+        session.stream(prompt)
+
+
+def test_a_tuple_of_prompts_is_a_batch(build: Build) -> None:
+    session = build("decode.max_new_tokens=3")
+    outputs = session.generate(("a", "b"))
+    assert [output.token_ids for output in outputs] == [
+        output.token_ids for output in session.generate(["a", "b"])
+    ]
+
+
+class Leaving:
+    @engine.hookimpl
+    def observe(self, event: object) -> None:
+        raise GeneratorExit
+
+
+class Waiting:
+    @engine.hookimpl
+    async def observe(self, event: object) -> None:
+        raise AssertionError
+
+
+def test_a_generator_exit_of_a_hook_is_the_plugins(build: Build) -> None:
+    session = build("decode.max_new_tokens=3")
+    session.hooks = Hooks([*session.hooks.chosen, Chosen("observe", "leaving", Leaving())])
+    with pytest.raises(PluginError, match=r"observe=leaving .*raised GeneratorExit"):
+        session.generate("def add")
+
+
+def test_an_async_hook_is_refused_when_it_is_registered() -> None:
+    with pytest.raises(PluginError, match=r"observe=waiting .*'async def'.*not awaited[\s\S]*def"):
+        Hooks([Chosen("observe", "waiting", Waiting())])
