@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,7 +89,11 @@ def test_the_installed_entry_points_are_those_declared() -> None:
 
 @pytest.mark.parametrize("file", PLUGINS, ids=_name)
 def test_every_plugin_has_tests(file: Path) -> None:
-    assert (ROOT / "tests/plugins" / file.parent.name / f"test_{file.stem}.py").is_file()
+    tests = ROOT / "tests/plugins" / file.parent.name / f"test_{file.stem}.py"
+    assert tests.is_file(), (
+        f"{_name(file)} has no tests of its own: write {_name(tests)}, against plain transformers, "
+        "and with a receipt that must fail when the choice does nothing (CONTRIBUTING.md, step 3)"
+    )
 
 
 @pytest.mark.parametrize("slot", [slot for slot in SLOTS if slot not in OPTIONAL_SLOTS])
@@ -155,6 +160,28 @@ def test_the_reference_is_what_the_code_says() -> None:
     from tools import reference
 
     assert reference.PAGE.read_text(encoding="utf-8") == reference.page()
+
+
+def test_the_reference_has_every_type_that_a_hook_gets_or_gives() -> None:
+    from tools import reference
+
+    words = {
+        node.id
+        for name in HOOKS
+        for hint in inspect.get_annotations(getattr(hookspecs, name)).values()
+        for node in ast.walk(ast.parse(hint))
+        if isinstance(node, ast.Name)
+    }
+    ours = {
+        alias.name
+        for node in ast.walk(ast.parse(inspect.getsource(hookspecs)))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("engine.")
+        for alias in node.names
+    }
+    page = reference.page()
+    missing = [name for name in sorted(words & ours) if f"\n### `{name}`" not in page]
+    assert not missing, f"add to MORE in tools/reference.py: {missing}"
+    assert {"Problem", "Session", "Decoder"} <= words & ours
 
 
 def test_no_file_names_a_machine() -> None:

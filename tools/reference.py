@@ -1,10 +1,10 @@
 """Write plugins/README.md, the reference for plugin authors, from the code that it describes.
 
-    python tools/reference.py           write it
-    python tools/reference.py --check   exit 1 if it differs
+    .venv/bin/python tools/reference.py           write it
+    .venv/bin/python tools/reference.py --check   exit 1 if it differs
 
-Hooks come from engine/hookspecs.py, types from engine/contexts.py, choices and their options from
-the installed plugins. Nothing in the page is written by hand.
+Hooks come from engine/hookspecs.py, types from engine/contexts.py and the modules of MORE, choices
+and their options from the installed plugins. Nothing in the page is written by hand.
 """
 
 from __future__ import annotations
@@ -14,15 +14,23 @@ import ast
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from engine import contexts, hookspecs, registry
+from engine import contexts, errors, hookspecs, probe, registry, session, shape
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "plugins" / "README.md"
+MORE = {
+    errors: ("Problem",),
+    session: ("Session",),
+    probe: ("Probe",),
+    shape: ("ModelShape", "TensorSize"),
+}
+"""What plugins meet beside engine.contexts: module → classes."""
 
 
 def page() -> str:
@@ -33,7 +41,9 @@ def page() -> str:
         "## Hooks",
         *(_hook(name) for name in _hook_names()),
         "## What goes in and what comes out",
-        *_types(),
+        *_types(contexts),
+        "## What plugins read and give beside these",
+        *(text for module, names in MORE.items() for text in _types(module, names)),
         "## Choices",
         *_choices(),
     ]
@@ -63,13 +73,18 @@ def _hook(name: str) -> str:
     return f"### `{name}`\n\n`{name}({arrow}`\n\n" + "\n".join(lines)
 
 
-def _types() -> Iterator[str]:
-    """Yield each dataclass and protocol of engine.contexts with its fields."""
-    tree = ast.parse(inspect.getsource(contexts))
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef):
+def _types(module: ModuleType, names: Collection[str] = ()) -> Iterator[str]:
+    """Yield each type of a module, or the classes named, with its public fields and methods."""
+    tree = ast.parse(inspect.getsource(module))
+    for place, node in enumerate(tree.body):
+        if isinstance(node, ast.Assign) and not names:
+            about = _following_text(tree.body, place).removeprefix(" — ")
+            yield f"### `{ast.unparse(node.targets[0])}`\n\n`{ast.unparse(node.value)}`: {about}"
+        if not isinstance(node, ast.ClassDef) or (names and node.name not in names):
             continue
-        lines = [f"### `{node.name}`", "", inspect.cleandoc(ast.get_docstring(node) or ""), ""]
+        source = f" (`{module.__name__}`)" if names else ""
+        lines = [f"### `{node.name}`{source}", "", inspect.cleandoc(ast.get_docstring(node) or "")]
+        lines.append("")
         for index, part in enumerate(node.body):
             if isinstance(part, ast.AnnAssign):
                 about = _following_text(node.body, index)
@@ -77,9 +92,23 @@ def _types() -> Iterator[str]:
                     f"- `{ast.unparse(part.target)}: {ast.unparse(part.annotation)}`{about}"
                 )
             elif isinstance(part, ast.FunctionDef) and not part.name.startswith("_"):
-                about = f" — {ast.get_docstring(part)}" if ast.get_docstring(part) else ""
-                lines.append(f"- `{part.name}({ast.unparse(part.args)})`{about}")
+                lines += _method(part)
         yield "\n".join(lines).rstrip()
+
+
+def _method(node: ast.FunctionDef) -> Iterator[str]:
+    """Yield the line of a method or property; overloads are left out."""
+    marks = {ast.unparse(mark) for mark in node.decorator_list}
+    first = (ast.get_docstring(node) or "").partition("\n\n")[0]
+    about = f" — {' '.join(first.split())}" if first else ""
+    if "overload" in marks:
+        return
+    returns = ast.unparse(node.returns) if node.returns else "Any"
+    if marks & {"property", "cached_property"}:
+        yield f"- `{node.name}: {returns}`{about}"
+        return
+    given = ast.unparse(node.args).removeprefix("self").removeprefix(", ")
+    yield f"- `{node.name}({given}) -> {returns}`{about}"
 
 
 def _following_text(body: list[ast.stmt], index: int) -> str:
@@ -136,7 +165,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.check:
         if PAGE.read_text(encoding="utf-8") != page():
-            sys.exit("plugins/README.md differs from the code: python tools/reference.py")
+            sys.exit("plugins/README.md differs from the code: .venv/bin/python tools/reference.py")
     else:
         PAGE.write_text(page(), encoding="utf-8")
 
