@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from engine.contexts import KeyValues, Receipt
 from engine.errors import RecipeError
 from engine.generate import TextStream, capacity, check_prompt, room_for
+from engine.template import render
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -94,9 +95,7 @@ class Conversation:
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
         tokenizer = self._session.tokenizer
-        text = str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        text = render(tokenizer, messages)
         encoded = tokenizer(
             text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
         )

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import engine
 from engine import checkpoint
 
-PROMPT = "def add(a, b):\n"
+PROMPT = "class Parser:\n    def __init__(self, text):\n        self.text = text\n"
+"""Something that the embedded model goes on with for long."""
 
 
 def main() -> None:
@@ -35,7 +36,6 @@ def main() -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     auto: Any = AutoModelForCausalLM
     plain = auto.from_pretrained(folder, dtype=torch.float32).eval()
-    plain.generation_config.eos_token_id = None
     inputs = tokenizer(PROMPT, return_tensors="pt")
     recipe = engine.compose(
         "base",
@@ -46,7 +46,6 @@ def main() -> None:
         ],
     )
     with engine.build(recipe) as session:
-        session.model.generation_config.eos_token_id = None
         seconds: dict[str, list[float]] = {"transformers": [], "engine": []}
         for turn in range(arguments.rounds + 1):
             start = time.perf_counter()
