@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -106,16 +108,14 @@ def compose(recipe: str | os.PathLike[str] = DEFAULT, overrides: Sequence[str] =
         raise RecipeError(
             Problem(
                 message=f"there is no recipe called {show(name)}",
-                hint=choices_hint(name, library.names("")),
+                hint=_prompt_hint(name) or choices_hint(name, library.names("")),
                 code="recipe-not-found",
             )
         )
     composed = Composing(name, library, overrides).run()
     order = [slot for slot in (*SLOTS, "target") if slot in composed.choices]
     choices = {slot: composed.choices[slot] for slot in order}
-    return Recipe(
-        **composed.values, name=name, file=str(file), choices=choices, text=composed.text
-    )
+    return Recipe(**composed.values, name=name, file=str(file), choices=choices, text=composed.text)
 
 
 def locate(recipe: str | os.PathLike[str]) -> tuple[str, tuple[Path, ...]]:
@@ -136,7 +136,7 @@ def locate(recipe: str | os.PathLike[str]) -> tuple[str, tuple[Path, ...]]:
                     message=f"{show(given)}: the file of a recipe ends in .yaml",
                     hint=f"rename it: {printable(str(file.with_suffix('.yaml')))}"
                     if is_file(file)
-                    else _files_beside(file),
+                    else _prompt_hint(given) or _files_beside(file),
                     code="recipe-name",
                 )
             )
@@ -151,6 +151,15 @@ def locate(recipe: str | os.PathLike[str]) -> tuple[str, tuple[Path, ...]]:
         )
     # The folder is resolved, the file is not: a link may not lead out of its folder.
     return file.stem, (file.parent.resolve(), *search_folders())
+
+
+def _prompt_hint(given: str) -> str:
+    """Say how a prompt is given, if that is what stands in the place of a recipe; else ''."""
+    if not re.search(r"[\s()]", given) or given.endswith((".yaml", ".yml")):
+        return ""
+    short = len(given) <= 60 and printable(given) == given
+    prompt = shlex.quote(given) if short else "'…'"
+    return f"a prompt is given with -p {prompt}; what stands first is the name of a recipe"
 
 
 def search_folders() -> tuple[Path, ...]:

@@ -49,10 +49,10 @@ def typed(name: str, override: str, code: str, says: str, hint: str = "") -> Cas
 
 MALFORMED = [
     # Text that is no recipe.
-    yaml("empty", "", "model-missing", "no model is named", "model.path="),
+    yaml("empty", "", "model-missing", "the recipe is empty: no model is named", "model.path="),
     yaml("only a comment", "# nothing\n", "model-missing", "no model is named", "model.path="),
-    yaml("a list", "- a\n", "recipe", "a recipe is a mapping", "decode:", line=1),
-    yaml("a word", "tiny\n", "recipe", "a recipe is a mapping", "decode:", line=1),
+    yaml("a list", "- a\n", "recipe", "a recipe is a mapping", "defaults:\n  - base", line=1),
+    yaml("a word", "tiny\n", "recipe", "a recipe is a mapping", "path: ./my-model", line=1),
     yaml("two colons", "seed: 1: 2\n", "yaml", "not valid YAML", "quote", line=1),
     yaml("unclosed bracket", "seed: [1\n", "yaml", "not valid YAML", "quote"),
     yaml("unclosed quote", MODEL + "seed: 'a\n", "yaml", "not valid YAML", "quote"),
@@ -136,8 +136,8 @@ MALFORMED = [
         "no such member",
         "model:\n  path: x\n  dtype: fp16\n",
         "value",
-        "'fp16', where Dtype",
-        "model.dtype=bfloat16",
+        "'fp16', which is none of auto, float32, bfloat16, float16",
+        "did you mean model.dtype=float16?",
         line=3,
     ),
     yaml("null for int", MODEL + "seed: null\n", "value", "seed is 'null'", "seed=0", line=2),
@@ -299,6 +299,10 @@ MALFORMED = [
     typed("reference to another choice", "attention=${cache}", "unknown-choice", "'dynamic'"),
     # Overrides.
     typed("no value", "seed", "override", "not of the form key=value", "key=value"),
+    typed("prompt's file", "p.txt", "override", "not of the form key=value", "-p @FILE"),
+    typed("second recipe", "small", "override", "not of the form key=value", "takes one recipe"),
+    typed("home", "model.path=~/x", "override", "to be quoted", "'model.path=\"~/x\"'"),
+    typed("semicolon", "decode.stop=a;b", "override", "to be quoted", "'decode.stop=\"a;b\"'"),
     typed("no key", "=5", "override", "no key", "key=value"),
     typed("spaces", "a b=c", "override", "not of the form", "quoted"),
     typed("unclosed list", "decode.stop=[a", "override", "not of the form", "quoted"),
@@ -310,7 +314,20 @@ MALFORMED = [
     typed("misspelt key", "sed=1", "unknown-key", "no key 'sed'", "did you mean seed?"),
     typed("added key", "+sed=1", "unknown-key", "no key 'sed'", "did you mean seed?"),
     typed("forced key", "++decode.top_q=1", "unknown-key", "'top_q'", "did you mean decode.top_"),
-    typed("option of another", "quantize.bits=8", "unknown-key", "quantize=none has no option"),
+    typed(
+        "option of another",
+        "quantize.bits=8",
+        "unknown-key",
+        "quantize=none has no option",
+        "quantize=bitsandbytes has it: quantize=bitsandbytes quantize.bits=8;",
+    ),
+    typed(
+        "max_tokens of another",
+        "cache.max_tokens=5",
+        "unknown-key",
+        "cache=dynamic has no option",
+        "cache=static has it: cache=static cache.max_tokens=5;",
+    ),
     typed("misspelt override", "attention=eagr", "unknown-choice", "'eagr'", "attention=eager?"),
     typed("number for a slot", "cache=5", "unknown-choice", "'5' is no choice", "dynamic"),
     typed("null for a slot", "cache=null", "unknown-choice", "'null' is no choice", "dynamic"),
@@ -327,7 +344,9 @@ MALFORMED = [
     typed("null typed for int", "seed=null", "value", "'null', where int is due", "seed=0"),
     typed("infinity typed", "seed=1e400", "value", "'inf', where int is due"),
     typed("empty path", "model.path=", "model-missing", "no model is named", "model.path="),
-    typed("member typed", "model.dtype=fp16", "value", "where Dtype is due", "model.dtype=float16"),
+    typed(
+        "member typed", "model.dtype=bf16", "value", "none of auto", "mean model.dtype=bfloat16?"
+    ),
     typed("model as a word", "model=x", "value", "where a mapping is due", "model.path"),
     typed("prompt as key", "prompt=hello", "override", "no key of a recipe", "-p TEXT"),
     typed("slashes", "decode/top_k=5", "override", "dots, not slashes", "decode.top_k="),
@@ -518,7 +537,8 @@ def watch(event, arguments):
             seen.append(f"open {path}")
 
 sys.addaudithook(watch)
-for words in ([], ["seed=abc"], ["sed=1"], ["cache=static"], ["+cache=static"], ["target=x"]):
+for words in ([], ["seed=abc"], ["sed=1"], ["model.path=x", "seed=abc"], ["cache=static"],
+              ["+cache=static"], ["target=x"]):
     try:
         engine.compose("tiny", words)
     except RecipeError:
@@ -659,6 +679,77 @@ def test_all_mistakes_come_at_once_in_order(tmp_path: Path) -> None:
     typed_words = {problem.where for problem in problems} - set(lines)
     # Which options nf5 has nobody knows, and neither those of eagr.
     assert typed_words == {"seed=abc", "quantize=nf5", "decode.top_p=x", "hydra.run.dir=x", "?"}
+
+
+def told(*words: str, recipe: str | Path = "tiny") -> list[str]:
+    """Return what is said of a recipe with these overrides."""
+    with pytest.raises(RecipeError) as caught:
+        engine.compose(recipe, words)
+    return [problem.message for problem in caught.value.problems]
+
+
+def test_what_check_finds_comes_with_the_mistakes() -> None:
+    assert told("decode.temperature=-1", "decode.top_k=2.5", "cach=static", "quantize.bits=4") == [
+        "decode.temperature=-1.0 must be 0 (greedy) or more",
+        "a recipe has no key 'cach'",
+        "decode.top_k is '2.5', where int is due",
+        "quantize=none has no option 'bits'",
+    ]
+    grouped = ("heads=grouped", "heads.num_key_value_heads=2")
+    yarn = ("position_encoding=yarn", "position_encoding.factor=1")
+    assert told("quantize=nf4", "quantize.compute_dtype=foo", *yarn, *grouped) == [
+        "heads.num_key_value_heads=2 is what the model has already",
+        "position_encoding.factor=1.0 must be more than 1, or nothing is stretched",
+        "quantize.compute_dtype is 'foo', which is none of auto, float32, bfloat16, float16",
+    ]
+    assert told("target.kind=foo", "seed=x", "decode.temperature=-1") == [
+        "decode.temperature=-1.0 must be 0 (greedy) or more",
+        "seed is 'x', where int is due",
+        "target.kind is 'foo'",
+    ]
+    missing, mistyped = told("seed=x", "model.path=/not/there")
+    assert missing.startswith("/not/there is not there") or mistyped.startswith("/not/there")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("decode.temperature=hot", "decode.top_k=5"),  # top_k needs a temperature
+        ("decode.temprature=0.7", "decode.top_k=5"),
+        ("quantize=nf5", "quantize.bits=3"),
+        ("model.path=~/x", "heads=grouped", "heads.num_key_value_heads=2"),  # of which model?
+        ("target=t44", "model.dtype=bfloat16"),
+        ("target=t4", "target.capability=[7]", "model.dtype=bfloat16"),
+        ("target=cpu", "target.usable_gib=0.001", "seed=x"),  # memory is for recipes that stand
+        ("position_encoding.factor=1",),
+    ],
+)
+def test_what_only_follows_from_a_mistake_is_not_told(words: tuple[str, ...]) -> None:
+    assert len(told(*words)) == 1
+
+
+def test_a_judgement_that_fails_hides_no_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.verdict.check", lambda recipe: 1 / 0)
+    assert told("seed=x") == ["seed is 'x', where int is due"]
+
+
+def test_a_path_that_has_to_be_quoted_is_one_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(told("model.path=~/model", recipe="base")) == 1
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    composed = engine.compose("base", ['model.path="~/model"'])
+    assert engine.check(composed).problems[0].where != "model.path=~/model"
+
+
+@pytest.mark.parametrize("name", ["def add(a, b):", "hello there", "x\n", "f(a/b)", "l " * 500])
+def test_a_prompt_in_the_place_of_a_recipe(name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        engine.compose(name)
+    (problem,) = caught.value.problems
+    assert problem.hint.startswith("a prompt is given with -p '")
+    assert (name in problem.hint) == (len(name) < 60 and "\n" not in name)
 
 
 SAMPLE = [*MALFORMED[4:60:9], *MALFORMED[62::9], *HOSTILE[0:30:7], *HOSTILE[40::5]]

@@ -7,5 +7,6 @@
     defaults    read one file: its values, and its list of choices
     source      read YAML as data and nothing else, with the line of each key
     choosing    settle the list of configs
+    judging     judge what is left of a recipe with mistakes
     mistakes    note what is wrong, and say it
 """

@@ -21,6 +21,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from engine.composing import overrides
 from engine.composing.choosing import Chosen, choose
+from engine.composing.judging import judge
 from engine.composing.library import Library, config_name
 from engine.composing.mistakes import CHOICES, Mistakes, first_line, options
 from engine.composing.source import MAX_REFERENCES, TOO_MANY_REFERENCES, Keys
@@ -44,10 +45,11 @@ class Composing:
     def __init__(self, name: str, library: Library, lines: Sequence[str]) -> None:
         self._name = name
         self._library = library
-        self._mistakes = Mistakes(str(library.files("")[name]))
+        self._mistakes = Mistakes(str(library.files("")[name]), library.owners)
         self._overrides, problems = overrides.parse(lines)
         for problem in problems:
             self._mistakes.add(**vars(problem))
+            self._mistakes.bad.update(overrides.key_of(problem.where))
             if problem.where.lstrip("+~").partition("=")[0] == problem.slot:
                 self._mistakes.lost.add(problem.slot)
 
@@ -60,15 +62,17 @@ class Composing:
         """
         chosen = choose(self._name, self._library, self._overrides, self._mistakes)
         self._mistakes.choices |= chosen.choices
+        part = chosen.shelf.parts.get(self._name)
+        self._empty = part is not None and not part.lines
         config = OmegaConf.structured(self._library.schema)
         for default in chosen.configs:
             self._merge(config, default, chosen)
         _close(config)
         for override in chosen.overrides:
             self._apply(config, override)
-        self._inspect(config)
-        values = {} if self._mistakes else self._build(config)
+        values = self._build(config) if self._inspect(config) else {}
         if self._mistakes:
+            judge(values, chosen.choices, self._mistakes)
             raise self._mistakes.error()
         return Composed(values, chosen.choices, OmegaConf.to_yaml(config, resolve=True))
 
@@ -140,7 +144,8 @@ class Composing:
 
     # What Hydra lets pass.
 
-    def _inspect(self, config: DictConfig) -> None:
+    def _inspect(self, config: DictConfig) -> bool:
+        """Note what Hydra lets pass; tell whether the values can be resolved."""
         self._inspect_slots(config)
         self._inspect_keys(config, ())
         model = _raw(config)["model"]
@@ -150,8 +155,10 @@ class Composing:
             and not named
             and not self._mistakes.bad & {("model",), ("model", "path")}
         ):
+            self._mistakes.bad.add(("model", "path"))
+            empty = "the recipe is empty: " if self._empty else ""
             self._mistakes.add(
-                "no model is named",
+                f"{empty}no model is named",
                 hint="model.path=FOLDER_OR_HUB_ID, or recipes://embedded",
                 code="model-missing",
                 where=self._mistakes.where(("model",)) or self._mistakes.file,
@@ -159,8 +166,9 @@ class Composing:
         if str(_raw(config)).count("${") > MAX_REFERENCES:
             message, hint = TOO_MANY_REFERENCES
             self._mistakes.add(message, hint=hint, code="value", where=self._mistakes.file)
-        else:
-            self._inspect_values(config)
+            return False
+        self._inspect_values(config)
+        return True
 
     def _inspect_slots(self, config: DictConfig) -> None:
         empty = []
@@ -230,18 +238,25 @@ class Composing:
                 self._mistakes.value(config, keys, value, error, self._mistakes.where(path))
 
     def _build(self, config: DictConfig) -> dict[str, Any]:
-        """Return the values of the top level, plugins made."""
+        """Return the values of the top level, plugins made, as far as there is no mistake."""
         values: dict[str, Any] = {}
-        for key in config:
+        # What is wrong with plain values was noted before.
+        doubted = self._mistakes.doubted() | ({*config} - {*SLOTS} if self._mistakes else set())
+        for key in map(str, config):
+            if key in self._mistakes.lost:
+                continue
             node = config._get_node(key)
             try:
-                values[str(key)] = (
+                values[key] = (
                     OmegaConf.to_object(node) if OmegaConf.is_config(node) else config[key]
                 )
-            except EngineError as error:
-                self._mistakes.take(error)
             except Exception as error:
-                self._note_plugin(str(key), error)
+                if key in doubted:  # it may be for want of what was left out
+                    continue
+                if isinstance(error, EngineError):
+                    self._mistakes.take(error)
+                else:
+                    self._note_plugin(key, error)
         return values
 
     def _note_plugin(self, slot: str, error: Exception) -> None:

@@ -7,6 +7,7 @@ noted and served empty, so that one pass over a recipe finds all of them.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,15 @@ class Library:
                     slot=slot,
                 )
             ) from error
+
+    def owners(self, slot: str, option: str) -> list[str]:
+        """Return the plugins of a slot that have an option, importing them; not the broken ones."""
+        found = []
+        for name in registry.installed()[slot]:
+            with suppress(EngineError):
+                if option in (self.options(slot, name) or ()):
+                    found.append(name)
+        return found
 
     def _document(self, file: Path) -> Document:
         # Installed files may be links into a package manager's cache; others may not lead away.

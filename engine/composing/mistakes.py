@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from omegaconf import AnyNode, Container, DictConfig, EnumNode, ListConfig, Node, OmegaConf
@@ -20,9 +21,10 @@ _EXAMPLES = {int: "1", float: "0.5", bool: "true", str: "text"}
 class Mistakes:
     """What was found wrong so far, and where each key of the recipe was written last."""
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, owners: Callable[[str, str], list[str]]) -> None:
         self.file = file
         """The recipe itself, for what has no line."""
+        self._owners = owners
         self.whole = True
         """Whether every file could be read in full; if not, nothing is said to be missing."""
         self.places: dict[Keys, str] = {}
@@ -54,6 +56,22 @@ class Mistakes:
         """Note the problems of an error."""
         self._problems.update(dict.fromkeys(error.problems))
         self._kinds.append(RecipeError if not isinstance(error, PluginError) else type(error))
+
+    def doubted(self) -> set[str]:
+        """Return the slots, and other keys of the top level, that something is wrong with."""
+        slots = {problem.slot for problem in self._problems if problem.slot}
+        return slots | self.lost | {path[0] for path in self.bad}
+
+    def mentions(self, problem: Problem) -> bool:
+        """Tell whether a problem speaks of a key whose value is known to be wrong."""
+        text = f"{problem.message} {problem.hint}"
+        for path in self.bad:
+            names = [".".join(path)]
+            if path[1:] and path[0] == problem.slot:
+                names.append(path[-1])
+            if any(name and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) for name in names):
+                return True
+        return False
 
     def where(self, path: Keys) -> str:
         """Return where a key, or what holds it, was written; '' when nowhere."""
@@ -102,11 +120,14 @@ class Mistakes:
         if owner in self.choices:
             owner = f"{owner}={self.choices[owner]}"
         close = nearest(path[-1], known)
-        self.bad.add((*path[:-1], close))
+        if close:
+            self.bad.add((*path[:-1], close))
         guess = f"did you mean {'.'.join([*path[:-1], close])}? " if close else ""
         if "." in path[-1]:
             self.bad.add((*path[:-1], *path[-1].split(".")))
             guess = "write dots as nesting: " + path[-1].replace(".", ": {") + ": …}; "
+        if path[0] in SLOTS and len(path) == 2:
+            guess = self._elsewhere(path[0], path[1], where or self.where(path)) or guess
         there = f"there are: {', '.join(known)}" if known else f"{owner} has no options at all"
         self.add(
             f"{owner} has no option {show(path[-1])}"
@@ -117,6 +138,15 @@ class Mistakes:
             slot=path[0] if path[0] in SLOTS else "",
             where=where or self.where(path),
         )
+
+    def _elsewhere(self, slot: str, option: str, where: str) -> str:
+        """Say which other choices of a slot have an option, as a line to paste."""
+        owners = self._owners(slot, option)
+        typed = where.lstrip("+")
+        line = typed if typed.startswith(f"{slot}.{option}=") else f"{slot}.{option}=…"
+        others = "".join(f", {slot}={owner}" for owner in owners[1:])
+        also = f" (as has{others[1:]})" if others else ""
+        return f"{slot}={owners[0]} has it{also}: {slot}={owners[0]} {line}; " if owners else ""
 
     def value(
         self, config: DictConfig, keys: Sequence[Any], value: Any, error: Exception, where: str
@@ -146,6 +176,11 @@ class Mistakes:
         if "${" in str(value) and options(node) is None:
             kind, hint = "", "write the value itself, or ${key} to repeat another key"
         message = f"{key} is {show(as_typed(value))}, where {kind} is due" if kind else ""
+        if kind and isinstance(node, EnumNode):
+            members = [member.name for member in node.enum_type]
+            message = f"{key} is {show(as_typed(value))}, which is none of {', '.join(members)}"
+            close = nearest(str(value), members)
+            hint = f"did you mean {key}={close}?" if close else hint
         self.add(
             message or f"{key}: {first_line(error)}",
             hint=hint or "engine show prints every key with its value",

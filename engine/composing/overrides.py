@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from threading import Lock
 from typing import Any
@@ -12,6 +14,7 @@ from hydra.errors import HydraException
 
 from engine.composing.source import (
     MAX_DEPTH,
+    Keys,
     Refusal,
     as_typed,
     printable,
@@ -32,6 +35,7 @@ FLAGS = {
 """Words that people take for keys of a recipe, and what to type instead."""
 
 _CHOOSABLE = (*SLOTS, "target")
+_KEY = re.compile(r"[+~]*(?P<key>\w+(\.\w+)*)=(?P<value>.*)", re.DOTALL)
 _parsing = Lock()  # antlr shares its tables between parsers
 
 
@@ -68,6 +72,12 @@ def place(line: str) -> str:
     return printable(line if len(line) <= 200 else line[:199] + "…")
 
 
+def key_of(line: str) -> list[Keys]:
+    """Return the key that an override was meant for, whether or not the rest can be read."""
+    found = _KEY.match(line)
+    return [tuple(found["key"].split("."))] if found else []
+
+
 def words(value: Any) -> Iterator[str]:
     """Yield every key and value of a parsed value, as text."""
     if isinstance(value, dict):
@@ -99,11 +109,35 @@ def _parsed(parser: OverridesParser, line: str) -> tuple[Override | None, Refusa
             return parser.parse_override(line), None
     except (HydraException, ValueError, TypeError, ArithmeticError, RecursionError) as error:
         why = str(error).strip().splitlines()
+        if not set(line) & set("=~+"):
+            return None, (
+                "not of the form key=value",
+                "key=value changes a value; a run takes one recipe, and a prompt is given with "
+                "-p TEXT or -p @FILE",
+            )
+        quoted = _quoted(parser, line) if isinstance(error, HydraException) else ""
+        if quoted:
+            return None, ("its value has to be quoted", quoted)
         return None, (
             f"not of the form key=value: {printable(why[0]) if why else 'unreadable'}",
             "key=value, where a value with spaces, commas or brackets is quoted: "
             "'decode.stop=[\"a, b\"]'",
         )
+
+
+def _quoted(parser: OverridesParser, line: str) -> str:
+    """Return an override for a shell, with its value quoted; '' if that is not the matter."""
+    found = _KEY.fullmatch(line)
+    if found is None or found["value"].lstrip()[:1] in tuple("[{'\""):
+        return ""
+    value = found["value"].replace("\\", "\\\\").replace('"', '\\"')
+    better = f'{line[: found.start("value")]}"{value}"'
+    try:
+        with _parsing:
+            parser.parse_override(better)
+    except HydraException:
+        return ""
+    return shlex.quote(better)
 
 
 def _refuse(override: Override) -> Refusal | None:

@@ -37,6 +37,7 @@ TOO_MANY_REFERENCES: Refusal = (
     "write the values out",
 )
 
+_MINIMAL = "defaults:\n  - base\nmodel:\n  path: ./my-model"
 _TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 _DATA = {"str", "int", "float", "bool", "null", "seq", "map"}
 _CODE = re.compile(r"_(target|partial|args|recursive|convert)_")
@@ -195,7 +196,7 @@ class _Reader:
         if node is None:
             return Document({}, {})
         if not isinstance(node, yaml.MappingNode):
-            self._refuse(node, "a recipe is a mapping of keys to values", "decode:\n  top_k: 5")
+            self._refuse(node, "a recipe is a mapping of keys to values", _MINIMAL)
             return Document({}, {}, tuple(self._problems))
         content = self._loader.construct_document(node) if self._keep(node, (), 0) else {}
         return Document(content, self._lines, tuple(self._problems))
