@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
-from engine.errors import CheckpointError, Problem, choices_hint, nearest
+from engine.errors import CheckpointError, Problem, choices_hint
 
 EMBEDDED = "recipes://"
 """Prefix of the models that come with the package."""
@@ -15,6 +16,7 @@ SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA25
 """Patterns of what a hub model has beside weights and code."""
 
 _EITHER = "give a folder (model.path=./folder) or a model of the hub (model.path=org/name)"
+_ALIKE = 0.7  # of 1, for a folder to be suggested
 _ANSWER_WITHIN = 10.0  # seconds that the hub may take
 
 
@@ -30,8 +32,10 @@ def locate(path: str, revision: str | None, *, download: bool) -> Path | None:
     if path and folder.is_dir():
         return folder
     if _looks_like_a_path(path) or folder.is_file():
-        why = "is a file: give its folder" if folder.is_file() else "is not there"
-        raise _refused(path, f"{path} {why}", _sibling_hint(folder))
+        there = os.path.abspath(folder)
+        looked = "" if there == path else f" (looked for {there})"
+        why = "is a file: give its folder" if folder.is_file() else f"is not there{looked}"
+        raise _refused(path, f"{path} {why}", _sibling_hint(path, folder))
     return fetch(path, revision, SMALL_FILES) if download else _cached(path, revision)
 
 
@@ -71,13 +75,25 @@ def escapes(name: str) -> bool:
     return path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name
 
 
-def _sibling_hint(folder: Path) -> str:
+def _sibling_hint(path: str, folder: Path) -> str:
+    if not folder.parent.is_dir():
+        return f"{folder.parent} is not there either; {_EITHER}"
+    return _neighbor(path, folder) or _EITHER
+
+
+def _neighbor(path: str, folder: Path) -> str:
+    """Ask whether the folder beside it was meant whose name is much like it; '' without one."""
     try:
         siblings = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
-    except OSError:
-        return f"{folder.parent} is not there either; {_EITHER}"
-    close = nearest(folder.name, siblings)
-    return f"did you mean model.path={folder.parent / close}?" if close else _EITHER
+    except (OSError, ValueError):
+        return ""
+    # Any folder may lie there, so what is only a little alike is not meant.
+    close = get_close_matches(folder.name, siblings, n=1, cutoff=_ALIKE)
+    if not close:
+        return ""
+    start = path[: -len(folder.name)] if path.endswith(folder.name) else f"{folder.parent}/"
+    start = f"{folder.parent}/" if start.startswith("~") else start or "./"
+    return f"did you mean model.path={start}{close[0]}?"
 
 
 def _refused(path: str, message: str, hint: str, code: str = "path") -> CheckpointError:
@@ -128,26 +144,34 @@ def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
 
 def _unanswered(repo: str, revision: str | None, error: Exception) -> CheckpointError:
     code, message, hint = _reason(repo, revision, error)
-    return _refused(repo, message, hint, code)
+    # Without ./ it was taken for a model of the hub, but a folder may have been meant.
+    near = "" if code in ("gated", "revision") else _neighbor(repo, Path(repo))
+    return _refused(repo, message, f"{near} else {hint}" if near else hint, code)
 
 
 def _reason(repo: str, revision: str | None, error: Exception) -> tuple[str, str, str]:
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     if isinstance(error, errors.HFValidationError):
-        return "path", f"{repo} is no folder here, nor can the hub have it: {error}", _EITHER
+        return "path", f"{_no_folder(repo)}, nor can the hub have it: {error}", _EITHER
     if isinstance(error, errors.GatedRepoError) or _forbidden(error):
         hint = "accept its terms on its page, then `hf auth login`"
         return "gated", f"the hub does not let you read {repo}: gated, or not for your token", hint
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = "check the spelling (org/name); if it is private, `hf auth login`"
-        return "not-found", f"{repo} is neither a folder here nor a model that the hub shows", hint
+        return "not-found", f"{_no_folder(repo)}, nor a model that the hub shows", hint
     if isinstance(error, errors.RevisionNotFoundError):
         hint = "give a branch, tag or commit that its page lists, or leave model.revision out"
         return "revision", f"{repo} has no revision {revision}", hint
     cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    hint = "give a folder (model.path=./folder), or connect and unset HF_HUB_OFFLINE"
-    return "offline", f"{repo} is no folder here, and fetching it failed ({cause})", hint
+    unset = " and unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
+    hint = f"give a folder (model.path=./folder), or connect{unset}"
+    message = f"{_no_folder(repo)}, and fetching it from the hub failed ({cause})"
+    return "offline", message, hint
+
+
+def _no_folder(repo: str) -> str:
+    return f"there is no folder '{repo}' in {os.getcwd()}"
 
 
 def _forbidden(error: Exception) -> bool:

@@ -37,6 +37,21 @@ def test_a_path_that_is_not_there_names_its_neighbor(folder: Path, download: boo
     assert f"did you mean model.path={folder}?" in message
 
 
+def test_a_relative_path_tells_where_it_looked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    message = refusal(locate, "./modle", None, download=False)
+    assert f"./modle is not there (looked for {folder.parent}/modle)" in message
+    assert "did you mean model.path=./model?" in message
+
+
+@pytest.mark.parametrize("name", ["nowhere", "mode-that-is-long", "old"])
+def test_a_folder_that_is_only_a_little_alike_is_not_suggested(folder: Path, name: str) -> None:
+    (folder.parent / "newuser").mkdir()
+    assert "did you mean" not in refusal(locate, f"{folder.parent}/{name}", None, download=False)
+
+
 @pytest.mark.parametrize("path", ["./gone", "~/gone", "gone\\model", "a/b/c", "../gone"])
 def test_what_looks_like_a_path_never_reaches_the_hub(
     path: str, monkeypatch: pytest.MonkeyPatch
@@ -214,7 +229,7 @@ def test_pickle_is_fetched_only_when_allowed(hub: Hub, allow_pickle: bool) -> No
     [
         ("org/gated", None, "accept its terms"),
         ("org/forbidden", None, "does not let you read org/forbidden"),
-        ("org/gone", None, "neither a folder here nor a model that the hub shows"),
+        ("org/gone", None, "there is no folder 'org/gone' in "),
         ("org/model", "gone", "org/model has no revision gone"),
     ],
 )
@@ -230,7 +245,8 @@ def test_without_a_network_it_fails_at_once(
     began = time.perf_counter()
     message = refusal(locate, "org/model", revision, download=True)
     assert time.perf_counter() - began < 5
-    assert "fetching it failed" in message
+    assert "fetching it from the hub failed" in message
+    assert "HF_HUB_OFFLINE" not in message
     assert "model.path=./folder" in message
 
 
@@ -242,3 +258,13 @@ def test_offline_by_wish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     message = refusal(locate, "org/model", None, download=True)
     assert "OfflineModeIsEnabled" in message
     assert "HF_HUB_OFFLINE" in message
+
+
+def test_a_folder_without_its_dot_and_slash(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    use_hub(monkeypatch, tmp_path, "http://127.0.0.1:9")
+    monkeypatch.chdir(folder.parent)
+    message = refusal(locate, "modle", None, download=True)
+    assert f"there is no folder 'modle' in {folder.parent}" in message
+    assert "did you mean model.path=./model? else give a folder" in message
