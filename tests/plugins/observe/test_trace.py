@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 
 from engine import calls
 from engine.contexts import Event
-from engine.errors import EngineError, RecipeError
+from engine.errors import CheckpointError, EngineError
 from engine.plugins.observe.trace import Trace
 from tests.conftest import Build
 from tests.plugins.helpers import hints, receipt, refusals, verdict
@@ -41,13 +43,18 @@ def test_every_hook_and_event_has_a_line(build: Build, tmp_path: Path) -> None:
     assert 0 < int(evidence["lines"]) <= len(found)
 
 
-def test_a_failing_hook_is_written_down_and_still_fails(build: Build, tmp_path: Path) -> None:
-    path = tmp_path / "trace.jsonl"
-    with pytest.raises(RecipeError):
-        build("observe=trace", f"observe.path={path}", "heads=grouped", family="opt")
+def test_a_failing_hook_is_written_down_and_still_fails(
+    build: Build, model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path, folder = tmp_path / "trace.jsonl", tmp_path / "cut"
+    shutil.copytree(model("llama"), folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError):
+        build("observe=trace", f"observe.path={path}", f"model.path={folder}")
     (line,) = [line for line in lines(path) if "error" in line]
-    assert line["hook"] == "heads"
-    assert line["error"].startswith("RecipeError: heads=grouped")
+    assert line["hook"] == "load"
+    assert line["error"].startswith("CheckpointError: ")
 
 
 def test_paths_that_cannot_be_written_are_refused(
