@@ -39,6 +39,7 @@ class Option:
 
     name: str
     type: str
+    """As in the code; of an Enum beside the plugin, its words: 'nf4 | fp4'."""
     default: str
     """As in the code; '' when it must be given."""
 
@@ -234,8 +235,18 @@ def _options(module: str, node: ast.ClassDef, hops: int = HOPS) -> dict[str, Opt
             kind = ast.unparse(part.annotation)
             if "ClassVar" not in kind:
                 name = part.target.id
-                found[name] = Option(name, kind, _default(part.value, kind))
+                words = _words(module, kind)
+                found[name] = Option(name, " | ".join(words) or kind, _default(part.value, kind))
     return found
+
+
+def _words(module: str, kind: str) -> list[str]:
+    """Return what a recipe may write for an Enum that is defined in the module."""
+    found = _definition(module, kind, hops=0)
+    if found is None or not any("Enum" in ast.unparse(base) for base in found[1].bases):
+        return []
+    given = [part.targets[0] for part in found[1].body if isinstance(part, ast.Assign)]
+    return [target.id for target in given if isinstance(target, ast.Name)]
 
 
 def _default(value: ast.expr | None, kind: str) -> str:

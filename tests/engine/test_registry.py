@@ -69,7 +69,9 @@ from enum import Enum
 from typing import ClassVar
 
 class Mode(Enum):
+    """How."""
     fast = "fast"
+    exact = "exact"
 
 @dataclass
 class Base:
@@ -97,7 +99,7 @@ OPTIONS = [
     ("size", "int", "64"),
     ("kept", "str", "'x'"),
     ("given", "float", ""),
-    ("mode", "Mode", "fast"),
+    ("mode", "fast | exact", "fast"),
     ("more", "list[int]", "[]"),
     ("pair", "list[int]", "[1, 2]"),
     ("limit", "int | None", "None"),
