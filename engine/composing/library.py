@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from engine import registry
 from engine.composing import source
 from engine.composing.defaults import Part, is_group_name, read
+from engine.composing.mistakes import options
 from engine.composing.source import Document
 from engine.errors import EngineError, PluginError, Problem, RecipeError
 from engine.hookspecs import SLOTS
@@ -102,7 +103,7 @@ class Library:
         found = []
         for name in registry.installed()[slot]:
             with suppress(EngineError):
-                if option in (self.options(slot, name) or ()):
+                if option in (options(self.options(slot, name)) or ()):
                     found.append(name)
         return found
 

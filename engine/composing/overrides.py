@@ -36,6 +36,7 @@ FLAGS = {
 
 _CHOOSABLE = (*SLOTS, "target")
 _KEY = re.compile(r"[+~]*(?P<key>\w+(\.\w+)*)=(?P<value>.*)", re.DOTALL)
+_PROMPT = "a prompt is given with -p TEXT or -p @FILE"
 _parsing = Lock()  # antlr shares its tables between parsers
 
 
@@ -112,8 +113,7 @@ def _parsed(parser: OverridesParser, line: str) -> tuple[Override | None, Refusa
         if not set(line) & set("=~+"):
             return None, (
                 "not of the form key=value",
-                "key=value changes a value; a run takes one recipe, and a prompt is given with "
-                "-p TEXT or -p @FILE",
+                f"key=value changes a value; a run takes one recipe, and {_PROMPT}",
             )
         quoted = _quoted(parser, line) if isinstance(error, HydraException) else ""
         if quoted:
@@ -121,7 +121,7 @@ def _parsed(parser: OverridesParser, line: str) -> tuple[Override | None, Refusa
         return None, (
             f"not of the form key=value: {printable(why[0]) if why else 'unreadable'}",
             "key=value, where a value with spaces, commas or brackets is quoted: "
-            "'decode.stop=[\"a, b\"]'",
+            "'decode.stop=[\"a, b\"]'" + ("" if _KEY.match(line) else f"; {_PROMPT}"),
         )
 
 

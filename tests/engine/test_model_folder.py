@@ -144,6 +144,12 @@ class Answer(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if "org/gated" in path:
             return self.reply(b"{}", 403, X_Error_Code="GatedRepo")
+        if "org/half-open" in path and not path.startswith("/api"):
+            return self.reply(b"{}", 401)
+        if "org/half-open" in path:
+            tree = [{"type": "file", "path": "config.json", "size": 2, "oid": "0" * 40}]
+            facts = {"id": "org/half-open", "sha": COMMIT, "siblings": []}
+            return self.reply(json.dumps(tree if "/tree/" in path else facts).encode())
         if "org/forbidden" in path:
             return self.reply(b"{}", 403)
         if "org/model" not in path:
@@ -228,6 +234,7 @@ def test_pickle_is_fetched_only_when_allowed(hub: Hub, allow_pickle: bool) -> No
     ("path", "revision", "says"),
     [
         ("org/gated", None, "accept its terms"),
+        ("org/half-open", None, "`hf auth login`"),
         ("org/forbidden", None, "does not let you read org/forbidden"),
         ("org/gone", None, "there is no folder 'org/gone' in "),
         ("org/model", "gone", "org/model has no revision gone"),

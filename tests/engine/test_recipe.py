@@ -332,6 +332,18 @@ def test_a_broken_plugin_hurts_only_who_chooses_it(
     assert len(caught.value.problems) == 2
 
 
+def test_who_has_an_option_is_told_in_spite_of_broken_plugins(
+    install: Callable[..., None],
+) -> None:
+    points = "[engine.attention]\nbroken = acme_plugin:Nothing\npicky = acme_plugin:Picky\n"
+    install(PLUGIN, points)
+    with pytest.raises(RecipeError) as caught:
+        compose("tiny", ["attention.size=5", "heads.size=5"])
+    first, second = caught.value.problems
+    assert first.hint.startswith("attention=picky has it: attention=picky attention.size=5; ")
+    assert "has it" not in second.hint
+
+
 def test_a_preset_may_not_take_a_plugins_name(write: Write) -> None:
     write("attention/eager", "defaults: [native]\n")
     with pytest.raises(RecipeError) as caught:
