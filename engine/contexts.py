@@ -6,7 +6,7 @@ Frozen and one per hook, so that a new field breaks no plugin. In the order of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -210,10 +210,29 @@ class Generation:
     """`[batch, tokens]`, 0 where padded."""
     cache: Cache | None
     max_new_tokens: int
+    forwarded: Callable[[], int] = lambda: 0
+    """Says how many tokens went through the model so far, in all runs of the session."""
+
+
+class Step(list[int]):
+    """The `batch` token ids of one step, with what was measured when they were made."""
+
+    __slots__ = ("forwarded", "time")
+
+    def __init__(self, ids: Iterable[int], *, time: float, forwarded: int) -> None:
+        super().__init__(ids)
+        self.time = time
+        """`time.perf_counter()` when they were made, which may be long before they are read."""
+        self.forwarded = forwarded
+        """Tokens that this generation has sent through the model until then."""
 
 
 Decoder = Callable[[Generation], Iterator[list[int]]]
-"""Yields a list of `batch` token ids per step; a finished sequence yields padding."""
+"""Yields a list of `batch` token ids per step; a finished sequence yields padding.
+
+A decoder that works ahead of its reader, in a thread, yields a `Step`, so that neither the reader's
+pace nor another run counts as its own. A plain list is measured when it arrives.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,13 +244,19 @@ class TaskContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What a run measured."""
+    """What a run measured, by the clock of the decoder: a slow reader changes nothing.
+
+    In a batch each answer has its own `prompt_tokens`, `new_tokens`, `seconds` and
+    `tokens_per_second`; the others are of the batch as a whole.
+    """
 
     prompt_tokens: int
     new_tokens: int
     forwarded_tokens: int
-    """Tokens that really went through the model: less than prompt and new when a cache helped."""
+    """Tokens that really went through the model: less than prompt and new when a cache helped,
+    more in a batch, whose padding and finished rows go along."""
     seconds: float
+    """Seconds from the call to the last new token."""
     time_to_first_token: float
     """Seconds from the call to the first new token."""
     tokens_per_second: float | None

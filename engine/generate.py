@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
 
-from engine.contexts import Figures, Generation, KeyValues, Output
+from engine.contexts import Figures, Generation, KeyValues, Output, Step
 from engine.errors import Problem, RuntimeFailure
 
 if TYPE_CHECKING:
@@ -83,6 +84,53 @@ class StopStrings:
         return shown
 
 
+class Answer:
+    """One sequence's answer while it grows: its tokens, its text, its figures."""
+
+    def __init__(self, session: Session, prompt: Sequence[int], clock: Clock) -> None:
+        self._session = session
+        self._prompt_tokens = len(prompt)
+        self._clock = clock
+        self._detokenizer = Detokenizer(session.tokenizer, prompt)
+        self._stops = StopStrings(getattr(session.recipe.decode, "stop", ()))
+        self._last: Step | None = None
+        self.tokens: list[int] = []
+        self.text = ""
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether its end token or a stop string came."""
+        return self._stops.found or not self._session.end_ids.isdisjoint(self.tokens[-1:])
+
+    def push(self, token: int, step: Step) -> str:
+        """Take the token that `step` holds for this sequence, and return what can be shown."""
+        self._last = step
+        self.tokens.append(token)
+        return self._show(self._stops.push(self._detokenizer.push(token)))
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        if self._stops.found:
+            return ""
+        return self._show(self._stops.push(self._detokenizer.finish()) + self._stops.finish())
+
+    def output(self, limit: int, room: int) -> Output:
+        """Return the whole answer."""
+        reason = "length" if limit <= room else "context"
+        if self.ended or len(self.tokens) < min(limit, room):
+            reason = "stop"
+        return Output(
+            text=self.text,
+            token_ids=self.tokens,
+            finish_reason=reason,
+            figures=self._clock.figures(self._prompt_tokens, len(self.tokens), self._last),
+        )
+
+    def _show(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+
 class TextStream:
     """One answer while it grows: iterate for pieces of text, then read `output`."""
 
@@ -124,40 +172,31 @@ class TextStream:
     def _run(self) -> Generator[str, None, None]:
         session = self._session
         wanted = session.recipe.decode.max_new_tokens
-        detokenizer = Detokenizer(session.tokenizer, self._prompt)
-        stops = StopStrings(getattr(session.recipe.decode, "stop", ()))
-        tokens: list[int] = []
-        text: list[str] = []
         clock = Clock(session)
+        answer = Answer(session, self._prompt, clock)
         session.observe("started", prompt_tokens=len(self._prompt))
         try:
-            for (token,) in steps(session, [self._prompt], self._cache, min(wanted, self._room)):
-                clock.tick()
-                tokens.append(token)
-                piece = stops.push(detokenizer.push(token))
-                if piece:
-                    text.append(piece)
-                    yield piece
-                if stops.found:
-                    break
-            rest = "" if stops.found else stops.push(detokenizer.finish()) + stops.finish()
-            if rest:
-                text.append(rest)
-                yield rest
-            reason = finish_reason(session, tokens, wanted, self._room, stopped=stops.found)
-            self.output = Output(
-                text="".join(text),
-                token_ids=tokens,
-                finish_reason=reason,
-                figures=clock.figures(len(self._prompt), len(tokens)),
-            )
-            session.observe("finished", finish_reason=reason, **vars(self.output.figures))
-        except Exception as error:
-            session.observe("failed", error=f"{type(error).__name__}: {error}")
-            raise
+            with reporting(session):
+                limit = min(wanted, self._room)
+                with closing(steps(session, [self._prompt], self._cache, limit, clock)) as found:
+                    for step in found:
+                        piece = answer.push(step[0], step)
+                        if piece:
+                            yield piece
+                        if answer.ended:
+                            break
+                rest = answer.finish()
+                if rest:
+                    yield rest
+                self.output = answer.output(wanted, self._room)
+                session.observe(
+                    "finished",
+                    finish_reason=self.output.finish_reason,
+                    **vars(self.output.figures),
+                )
         finally:
             if self._finished is not None:
-                self._finished(tokens, "".join(text))
+                self._finished(answer.tokens, answer.text)
 
 
 def answer_batch(session: Session, prompts: list[list[int]]) -> list[Output]:
@@ -169,37 +208,32 @@ def answer_batch(session: Session, prompts: list[list[int]]) -> list[Output]:
     wanted = session.recipe.decode.max_new_tokens
     values, room = begin(session, max(prompts, key=len), batch=len(prompts))
     clock = Clock(session)
-    rows: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    answers = [Answer(session, prompt, clock) for prompt in prompts]
     session.observe("started", prompt_tokens=sum(map(len, prompts)))
-    for step in steps(session, prompts, values.cache, min(wanted, room)):
-        clock.tick()
-        for index in sorted(open_rows):
-            rows[index].append(step[index])
-            if step[index] in session.end_ids:
-                open_rows.discard(index)
-    outputs = []
-    for prompt, tokens in zip(prompts, rows, strict=True):
-        detokenizer = Detokenizer(session.tokenizer, prompt)
-        stops = StopStrings(getattr(session.recipe.decode, "stop", ()))
-        text = ""
-        for count, token in enumerate(tokens, 1):
-            text += stops.push(detokenizer.push(token))
-            if stops.found:
-                tokens = tokens[:count]
-                break
-        else:
-            text += stops.push(detokenizer.finish()) + stops.finish()
-        outputs.append(
-            Output(
-                text=text,
-                token_ids=tokens,
-                finish_reason=finish_reason(session, tokens, wanted, room, stopped=stops.found),
-                figures=clock.figures(len(prompt), len(tokens)),
-            )
-        )
-    session.observe("finished", sequences=len(outputs))
+    with reporting(session):
+        with closing(steps(session, prompts, values.cache, min(wanted, room), clock)) as found:
+            growing = list(enumerate(answers))
+            for step in found:
+                for row, answer in growing:
+                    answer.push(step[row], step)
+                growing = [(row, answer) for row, answer in growing if not answer.ended]
+                if not growing:
+                    break
+        for answer in answers:
+            answer.finish()
+        outputs = [answer.output(wanted, room) for answer in answers]
+        session.observe("finished", sequences=len(outputs))
     return outputs
+
+
+@contextmanager
+def reporting(session: Session) -> Iterator[None]:
+    """Tell the observers of what fails inside."""
+    try:
+        yield
+    except Exception as error:
+        session.observe("failed", error=f"{type(error).__name__}: {error}")
+        raise
 
 
 def begin(session: Session, prompt: list[int], *, batch: int = 1) -> tuple[KeyValues, int]:
@@ -285,9 +319,28 @@ def capacity(cache: Cache | None, window: int | None) -> int | None:
 
 
 def steps(
-    session: Session, prompts: list[list[int]], cache: Cache | None, limit: int
-) -> Iterator[list[int]]:
+    session: Session, prompts: list[list[int]], cache: Cache | None, limit: int, clock: Clock
+) -> Generator[Step, None, None]:
     """Yield the tokens of each step, from the recipe's decoder."""
+    one = session.hooks.slot("decode")
+    with session.hooks.blaming(one, "decode"):
+        found = session.built["decode"](_generation(session, prompts, cache, limit))
+        try:
+            for step in clock.stamped(found):
+                if not isinstance(step, Step) or len(step) != len(prompts):
+                    session.hooks.blame(
+                        one, "decode", f"its decoder yielded {step!r:.80} where a list of "
+                        f"{len(prompts)} token ids was due"
+                    )  # fmt: skip
+                yield step
+        finally:
+            # At once, and not when the last traceback that knows it is forgotten.
+            getattr(found, "close", lambda: None)()
+
+
+def _generation(
+    session: Session, prompts: list[list[int]], cache: Cache | None, limit: int
+) -> Generation:
     import torch
 
     longest = max(map(len, prompts))
@@ -298,32 +351,13 @@ def steps(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    generation = Generation(
+    return Generation(
         input_ids=ids.to(session.device),
         attention_mask=mask.to(session.device),
         cache=cache,
         max_new_tokens=limit,
+        forwarded=lambda: session.forwarded_tokens,
     )
-    one = session.hooks.slot("decode")
-    with session.hooks.blaming(one, "decode"):
-        for step in session.built["decode"](generation):
-            if not isinstance(step, list) or len(step) != len(prompts):
-                session.hooks.blame(
-                    one, "decode", f"its decoder yielded {step!r:.80} where a list of "
-                    f"{len(prompts)} token ids was due"
-                )  # fmt: skip
-            yield step
-
-
-def finish_reason(
-    session: Session, tokens: list[int], wanted: int, room: int, *, stopped: bool
-) -> str:
-    """Say why an answer ended."""
-    if stopped or (tokens and tokens[-1] in session.end_ids):
-        return "stop"
-    if len(tokens) < min(wanted, room):
-        return "stop"
-    return "length" if wanted <= room else "context"
 
 
 class Clock:
@@ -331,30 +365,38 @@ class Clock:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._forwarded = session.forwarded_tokens
         self._first: float | None = None
-        self._last = 0.0
+        self._forwarded = 0
         if session.device.type == "cuda":
             import torch
 
             torch.cuda.reset_peak_memory_stats(session.device)
         self._start = time.perf_counter()
 
-    def tick(self) -> None:
-        """Note that a token came."""
-        self._last = time.perf_counter()
-        if self._first is None:
-            self._first = self._last
+    def stamped(self, found: Iterable[Any]) -> Iterator[Any]:
+        """Yield what a decoder yields, plain lists as a `Step` of now."""
+        before, forwarded = self._session.forwarded_tokens, 0
+        for step in found:
+            # Only while the decoder is asked: what goes through in between is another run's.
+            forwarded += self._session.forwarded_tokens - before
+            if isinstance(step, list) and not isinstance(step, Step):
+                step = Step(step, time=time.perf_counter(), forwarded=forwarded)
+            if isinstance(step, Step):
+                self._forwarded = step.forwarded
+                self._first = step.time if self._first is None else self._first
+            yield step
+            before = self._session.forwarded_tokens
 
-    def figures(self, prompt_tokens: int, new_tokens: int) -> Figures:
-        """Return what was measured."""
-        first = self._first if self._first is not None else time.perf_counter()
-        decoding = self._last - first
+    def figures(self, prompt_tokens: int, new_tokens: int, last: Step | None) -> Figures:
+        """Return what was measured until `last`."""
+        ended = time.perf_counter() if last is None else last.time
+        first = ended if self._first is None else self._first
+        decoding = ended - first
         return Figures(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            forwarded_tokens=self._session.forwarded_tokens - self._forwarded,
-            seconds=time.perf_counter() - self._start,
+            forwarded_tokens=self._forwarded,
+            seconds=ended - self._start,
             time_to_first_token=first - self._start,
             tokens_per_second=(new_tokens - 1) / decoding if new_tokens > 1 and decoding else None,
             peak_memory_bytes=peak_memory_bytes(self._session),

@@ -241,7 +241,9 @@ def decode(context: DecodeContext) -> Decoder | None:
     Gets model, tokenizer and seed. Gives a decoder: called with a `Generation` (token ids and mask
     `[batch, tokens]`, a cache which may already hold their beginning, a limit), it yields a list
     of `batch` token ids per step. Closing the iterator must stop it. The plugin has an option
-    `max_new_tokens: int`, and may have `stop: list[str]`, at which the task cuts the text.
+    `max_new_tokens: int`, and may have `stop: list[str]`: the task looks for these in the new text,
+    cuts it there and closes the iterator, whether or not the decoder stops there by itself. A
+    decoder may have a method `close()`, which ends all that it still does.
 
         @hookimpl
         def decode(self, context):
@@ -301,8 +303,8 @@ def observe(event: Event) -> None:
     - `built`: `recipe` (its name), `digest`
     - `started`: `prompt_tokens` (of a batch: of all its prompts)
     - `finished`: `finish_reason` and the fields of `Figures`; of a batch only `sequences`
-    - `failed`: `error` (its type and message); a batch that fails, and an answer that is broken
-      off, have no event after `started`
+    - `failed`: `error` (its type and message); an answer that is broken off has no event after
+      `started`
 
     To remember something, put it into `event.kept`: one dict for each session, which `receipts`
     finds at `session.built["observe"]` (empty before `built`).

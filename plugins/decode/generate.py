@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,14 +13,17 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, cast
 
 from engine import hookimpl
-from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt
-from engine.errors import Problem
+from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt, Step
+from engine.errors import Problem, RuntimeFailure
+from engine.generate import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from engine.session import Session
+
+MAX_SEED = 2**63 - 1
 
 
 @dataclass
@@ -44,14 +49,27 @@ class Generate:
         """Refuse numbers out of range, and sampling options without sampling."""
         for name, ok, why, hint in (
             ("max_new_tokens", self.max_new_tokens >= 1, "must be 1 or more", "128"),
-            ("temperature", self.temperature >= 0, "must be 0 (greedy) or more", "0.7"),
+            (
+                "temperature",
+                self.temperature == 0 or 0.001 <= self.temperature <= 100,
+                "must be 0 (greedy), or from 0.001 to 100",
+                "0.7",
+            ),
             ("top_k", self.top_k is None or self.top_k >= 1, "must be 1 or more", "50"),
             ("top_p", 0 < (self.top_p or 1) <= 1 and self.top_p != 0, "must be in (0, 1]", "0.9"),
-            ("repetition_penalty", self.repetition_penalty > 0, "must be more than 0", "1.0"),
+            (
+                "repetition_penalty",
+                0.01 <= self.repetition_penalty <= 100,
+                "must be from 0.01 to 100 (1 is none)",
+                "1.0",
+            ),
             ("stop", all(self.stop), "holds an empty string, which stops everything", "[]"),
         ):
             if not ok:
                 yield _problem("value", f"decode.{name}={getattr(self, name)} {why}", name, hint)
+        if not 0 <= context.recipe.seed <= MAX_SEED:
+            message = f"seed={context.recipe.seed} must be from 0 to 2**63-1, which is {MAX_SEED}"
+            yield Problem(slot="decode", code="value", message=message, hint="seed=0")
         if any(re.fullmatch(r"(\\[nrt])+", stop) for stop in self.stop):
             yield Problem(
                 slot="decode",
@@ -76,18 +94,20 @@ class Generate:
         """Show the settings that generate() will really get."""
         decoder = session.built["decode"]
         settings = decoder.settings(self.max_new_tokens, cached=True)
+        sampler = decoder.sampler(session.device)
         own = session.model.generation_config.temperature
         unused = {} if own is None else {"checkpoint's temperature, unused": float(own)}
         yield Receipt(
             slot="decode",
             claim="sampling follows the recipe alone",
             evidence={
-                "sampling": bool(settings.do_sample),
-                "temperature": float(settings.temperature or 0),
+                "sampling": sampler is not None,
+                "temperature": 0.0 if sampler is None else float(sampler.temperature),
                 "ids of end tokens": str(settings.eos_token_id),
                 **unused,
             },
-            ok=settings.do_sample == (self.temperature > 0)
+            ok=(0.0 if sampler is None else sampler.temperature) == self.temperature
+            and not settings.do_sample
             and set(settings.eos_token_id or ()) == session.end_ids,
         )
 
@@ -102,59 +122,85 @@ class GenerateDecoder:
         self._options = options
         self._context = context
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode")
+        self._runs: set[_Run] = set()
 
     def __call__(self, generation: Generation) -> Iterator[list[int]]:
-        """Yield `batch` token ids per step; closing the iterator stops generate()."""
-        run = _Run()
-        done = self._worker.submit(self._generate, generation, run)
-        # Also when generate() raises, and whatever it raises: the reader must not wait forever.
-        done.add_done_callback(lambda _: run.tokens.put(None))
+        """Yield a `Step` of `batch` token ids at a time; closing the iterator stops generate().
+
+        Raises:
+            RuntimeFailure: when the decoder is closed before the last one.
+        """
+        run = _Run(generation, self._finders(generation))
+        self._runs.add(run)
         try:
-            while (step := run.tokens.get()) is not None:
+            done = self._worker.submit(self._generate, generation, run)
+        except RuntimeError as error:  # the executor's word for: shut down
+            raise _closed() from error
+        # Also when generate() raises, and whatever it raises: the reader must not wait forever.
+        done.add_done_callback(lambda _: run.steps.put(None))
+        try:
+            while (step := run.steps.get()) is not None:
                 yield step
+            if done.cancelled() or run.broken_off:
+                raise _closed()
             done.result()
         finally:
             run.stopped = True
-            done.exception()
+            self._runs.discard(run)
+            # In the worker itself when garbage is collected there: it cannot wait for itself.
+            if not done.cancel() and run.thread != threading.get_ident():
+                done.exception()
 
     def close(self) -> None:
-        """Let the worker thread end."""
-        self._worker.shutdown()
+        """Stop what runs, and let the worker thread end."""
+        for run in tuple(self._runs):
+            run.stopped = True
+        self._worker.shutdown(cancel_futures=True)
 
     def settings(self, max_new_tokens: int, *, cached: bool) -> GenerationConfig:
-        """Return the generation config, made of the options alone."""
+        """Return the generation config, made of the options alone.
+
+        It never samples: that is done by `sampler`, before generate() takes the likeliest.
+        """
         from transformers import GenerationConfig
 
-        options, own = self._options, self._context.model.generation_config
-        values: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "do_sample": options.temperature > 0,
-            "repetition_penalty": options.repetition_penalty,
-            "use_cache": cached,
-            "disable_compile": True,
-            "eos_token_id": sorted(self._context.end_ids) or None,
-            "pad_token_id": own.pad_token_id,
-            "bos_token_id": own.bos_token_id,
-        }
-        if options.temperature > 0:
-            # 0 and 1 say 'no limit'; None would mean transformers' default of 50.
-            limits = {"top_k": options.top_k or 0, "top_p": options.top_p or 1.0}
-            values |= {"temperature": options.temperature, **limits}
-        if options.stop:
-            values["stop_strings"] = options.stop
-        made: GenerationConfig = cast(Any, GenerationConfig)(**values)
+        own = self._context.model.generation_config
+        made: GenerationConfig = cast(Any, GenerationConfig)(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=self._options.repetition_penalty,
+            use_cache=cached,
+            disable_compile=True,
+            eos_token_id=sorted(self._context.end_ids) or None,
+            pad_token_id=own.pad_token_id,
+            bos_token_id=own.bos_token_id,
+        )
         return made
 
-    def _generate(self, generation: Generation, run: _Run) -> None:
-        import torch
+    def sampler(self, device: torch.device) -> Sampler | None:
+        """Return what picks the tokens of one generation; None leaves the likeliest."""
+        if self._options.temperature == 0:
+            return None
+        return Sampler(self._options, self._context.seed, device)
 
+    def _finders(self, generation: Generation) -> list[StopFinder]:
+        if not self._options.stop:
+            return []
+        rows = zip(generation.input_ids, generation.attention_mask, strict=True)
+        return [
+            StopFinder(self._context.tokenizer, ids[mask.bool()].tolist(), self._options.stop)
+            for ids, mask in rows
+        ]
+
+    def _generate(self, generation: Generation, run: _Run) -> None:
         model: Any = self._context.model
         cached = generation.cache is not None
         settings = self.settings(generation.max_new_tokens, cached=cached)
+        sampler = self.sampler(generation.input_ids.device)
         own = model.generation_config
         # generate() fills what is unset here from the model's own defaults.
         model.generation_config = settings
-        torch.manual_seed(self._context.seed)
+        run.begin()
         try:
             model.generate(
                 generation.input_ids,
@@ -162,33 +208,100 @@ class GenerateDecoder:
                 generation_config=settings,
                 streamer=run,
                 stopping_criteria=[run.is_stopped],
+                logits_processor=[] if sampler is None else [sampler],
                 **({"past_key_values": generation.cache} if cached else {}),
-                **({"tokenizer": self._context.tokenizer} if self._options.stop else {}),
             )
         finally:
             model.generation_config = own
 
 
+class Sampler:
+    """Leave one token to take, picked with a random state of its own.
+
+    generate() would draw from the process's random state: two sessions at once would disturb each
+    other, and both whoever else draws from it. With the same seed the same tokens are picked.
+    """
+
+    def __init__(self, options: Generate, seed: int, device: torch.device) -> None:
+        import torch
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self.temperature = options.temperature
+        self.limits: list[Any] = []
+        if options.temperature != 1:
+            self.limits.append(TemperatureLogitsWarper(options.temperature))
+        if options.top_k is not None:
+            self.limits.append(TopKLogitsWarper(options.top_k))
+        if options.top_p is not None and options.top_p < 1:
+            self.limits.append(TopPLogitsWarper(options.top_p))
+        self._random = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores in which the picked token is the likeliest."""
+        for limit in self.limits:
+            scores = limit(ids, scores)
+        picked = scores.softmax(-1).multinomial(1, generator=self._random)
+        return scores.new_zeros(scores.shape).scatter_(1, picked, 1)
+
+
+class StopFinder:
+    """Look for stop strings in the new text of one row, so that nothing is generated behind."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stops: list[str]
+    ) -> None:
+        self._text = Detokenizer(tokenizer, prompt)
+        self._stops = StopStrings(stops)
+
+    def push(self, token: int) -> bool:
+        """Tell whether a stop string has come."""
+        if not self._stops.found:
+            self._stops.push(self._text.push(token))
+        return self._stops.found
+
+
 class _Run:
     """Stand between generate() and the reader: a streamer, and a criterion to stop."""
 
-    def __init__(self) -> None:
-        self.tokens: SimpleQueue[list[int] | None] = SimpleQueue()
+    def __init__(self, generation: Generation, finders: list[StopFinder]) -> None:
+        self.steps: SimpleQueue[Step | None] = SimpleQueue()
         self.stopped = False
+        self.broken_off = False
+        self.thread: int | None = None
+        self._forwarded = generation.forwarded
+        self._before = 0
+        self._finders = finders
         self._prompt_seen = False
+
+    def begin(self) -> None:
+        """Count from here: what waited in line before is not this generation's."""
+        self.thread = threading.get_ident()
+        self._before = self._forwarded()
 
     def put(self, ids: torch.Tensor) -> None:
         """Take the tokens of a step; the prompt comes first."""
         if self._prompt_seen:
-            self.tokens.put(ids.tolist())
+            forwarded = self._forwarded() - self._before
+            self.steps.put(Step(ids.tolist(), time=time.perf_counter(), forwarded=forwarded))
         self._prompt_seen = True
 
     def end(self) -> None:
         """Ignore the end, which generate() does not announce when it fails."""
 
-    def is_stopped(self, ids: torch.Tensor, scores: Any, **_: Any) -> bool:
-        """Say whether the reader has gone."""
-        return self.stopped
+    def is_stopped(self, ids: torch.Tensor, scores: Any, **_: Any) -> bool | torch.Tensor:
+        """Say whether the reader has gone, or which rows have come to a stop string."""
+        self.broken_off = self.stopped
+        if self.stopped or not self._finders:
+            return self.stopped
+        new = zip(self._finders, ids[:, -1].tolist(), strict=True)
+        return ids.new_tensor([finder.push(token) for finder, token in new]).bool()
+
+
+def _closed() -> RuntimeFailure:
+    return RuntimeFailure(
+        "the session was closed before the answer was finished",
+        hint="read answers to their end before session.close(), inside of `with engine.build(…)`",
+    )
 
 
 def _problem(code: str, message: str, name: str, value: str) -> Problem:

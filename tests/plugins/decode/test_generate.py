@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer, DynamicCache
 
-from engine.contexts import DecodeContext, Generation
+from engine.contexts import CheckContext, DecodeContext, Generation
 from engine.plugins.decode.generate import Generate, GenerateDecoder
 from tests.conftest import Build
-from tests.plugins.helpers import IDS, hints, plain, receipt, verdict
+from tests.plugins.helpers import IDS, plain, receipt, verdict
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,14 @@ def decoder(llama: Any, model: Callable[[str], Path]) -> Iterator[Callable[..., 
     yield make
     for each in made:
         each.close()
+
+
+def hints(plugin: Generate, seed: int = 0) -> list[str]:
+    """Return what a plugin's check says to type instead."""
+    recipe: Any = SimpleNamespace(seed=seed)
+    target: Any = None
+    context = CheckContext(recipe=recipe, shape=None, target=target, traits=frozenset())
+    return [problem.hint for problem in plugin.check(context)]
 
 
 def ask(ids: torch.Tensor = IDS, new: int = 20, cache: Any = None) -> Generation:
@@ -69,8 +79,10 @@ def test_sampling_is_model_generate(decoder: Callable[..., GenerateDecoder], lla
 
 def test_no_limit_means_no_limit(decoder: Callable[..., GenerateDecoder]) -> None:
     """transformers would quietly sample from the 50 likeliest only."""
-    settings = decoder(temperature=1.0).settings(1, cached=True)
-    assert (settings.top_k, settings.top_p) == (0, 1.0)
+    for options in ({}, {"top_p": 1.0}):
+        sampler = decoder(temperature=1.0, **options).sampler(torch.device("cpu"))
+        assert sampler is not None
+        assert sampler.limits == []
 
 
 def test_a_batch_yields_a_list_per_step_and_padding_at_the_end(
@@ -193,7 +205,14 @@ def test_options_out_of_range_are_refused() -> None:
     assert hints(Generate(max_new_tokens=0)) == ["decode.max_new_tokens=128"]
     assert hints(Generate(temperature=-0.1)) == ["decode.temperature=0.7"]
     assert hints(Generate(temperature=1.0, top_k=0)) == ["decode.top_k=50"]
-    for top_p in (0.0, 1.1, -1.0):
+    for temperature in (1e-300, 1e-4, 101.0, math.inf, math.nan):
+        assert hints(Generate(temperature=temperature)) == ["decode.temperature=0.7"]
+    for penalty in (math.inf, math.nan, 1e-50, 101.0, -1.0):
+        assert hints(Generate(repetition_penalty=penalty)) == ["decode.repetition_penalty=1.0"]
+    for seed in (-1, 2**63, 2**64):
+        assert hints(Generate(), seed) == ["seed=0"]
+    assert hints(Generate(temperature=0.001, repetition_penalty=100.0), 2**63 - 1) == []
+    for top_p in (0.0, 1.1, -1.0, math.nan):
         assert hints(Generate(temperature=1.0, top_p=top_p)) == ["decode.top_p=0.9"]
     assert hints(Generate(repetition_penalty=0.0)) == ["decode.repetition_penalty=1.0"]
     assert hints(Generate(stop=[""])) == ["decode.stop=[]"]
