@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import json
 import os
 import pty
@@ -15,9 +17,12 @@ from typing import Any
 
 import pytest
 
+from engine.cli import chat, check, run, show
+from engine.generate import TextStream
 from tests.conftest import Run
 
 ModelFolder = Callable[[str], Path]
+COMMAND = Path(sys.executable).with_name("engine")
 GUIDE = (
     "Question: Please write a function in Python that transforms bytes to Giga bytes.\n\nAnswer:"
 )
@@ -155,6 +160,20 @@ def test_list_verify_imports_everything(engine: Run) -> None:
     assert all(row["ok"] and row["about"] for row in plugins)
 
 
+def _examples(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(("    engine ", "    printf "))]
+
+
+def test_an_example_is_one_line_that_can_be_pasted(engine: Run) -> None:
+    pages = {verb: engine(verb, "--help").stdout for verb in ("run", "chat", "check", "show")}
+    docs = {"run": run.run, "chat": chat.chat, "check": check.check, "show": show.show}
+    for verb, page in pages.items():
+        for line in _examples(inspect.getdoc(docs[verb]) or ""):
+            assert line.strip() in page
+    whole = '    engine run tiny quantize=bitsandbytes quantize.bits=8 -p "def add(a, b):"'
+    assert whole in engine("--help").stdout.splitlines()
+
+
 @pytest.mark.parametrize("verb", ["run", "chat", "check", "show", "list"])
 def test_help_teaches_with_an_example(engine: Run, verb: str) -> None:
     done = engine(verb, "--help")
@@ -195,21 +214,151 @@ def test_debug_shows_the_traceback(engine: Run) -> None:
     assert "Traceback" in engine("run", "nope", env={"ENGINE_DEBUG": "1"}).stderr
 
 
+def _shell(line: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", line.replace("engine ", f"'{COMMAND}' ")],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=cwd, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **env}, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("engine run tiny -p x >&-", 6, "standard output is closed"),
+        ("engine list >&-", 6, "standard output is closed"),
+        ("engine run tiny -p - <&-", 2, "standard input is closed"),
+        ("engine run tiny <&-", 2, "standard input is closed"),
+        ("engine chat tiny <&-", 2, "standard input is closed"),
+        ("engine check nope 2>&-", 2, ""),
+        ("engine check nope 2>/dev/full", 2, ""),
+        ("engine check tiny 2>&-", 0, ""),
+        ("engine show tiny --json >/dev/full", 6, "cannot be written: No space left"),
+        ("engine run tiny decode.max_new_tokens=2 -p x >/dev/full", 6, "cannot be written"),
+        ("engine list | true", 0, ""),
+        ("engine run tiny -p $'\\xff\\xfe'", 2, "-p TEXT is not UTF-8"),
+        ("printf '\\xff' | engine run tiny -p -", 2, "standard input is not UTF-8"),
+        ("printf '\\xff' | engine chat tiny", 2, "standard input is not UTF-8"),
+        ('cd "$(mktemp -d)" && rmdir "$PWD" && engine list', 2, "current folder does not exist"),
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_streams_and_folders_that_are_not_there(
+    line: str, code: int, says: str, unbuffered: str, tmp_path: Path
+) -> None:
+    done = _shell(line, tmp_path, PYTHONUNBUFFERED=unbuffered)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert says in done.stderr
+    assert bool(says) == bool(done.stderr)
+
+
+ASCII = {"PYTHONIOENCODING": "ascii"}
+C_LOCALE = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+
+
+@pytest.mark.parametrize("env", [ASCII, C_LOCALE])
+def test_output_that_holds_ascii_only(engine: Run, tmp_path: Path, env: dict[str, str]) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "étude.yaml").write_text("# Übung\n", encoding="utf-8")
+    for words in (["list", "recipes"], ["list", "recipes", "--json"]):
+        done = engine(*words, env={**env, "PYTHONUNBUFFERED": ""}, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii()
+    assert any(row["about"] == "Übung" for row in json.loads(done.stdout))
+
+
+def test_a_prompt_arrives_whole_in_any_locale(engine: Run, model: ModelFolder) -> None:
+    words = ["run", "base", f"model.path={model('llama')}", "decode.max_new_tokens=2", "--json"]
+    usual = _json(engine(*words, "-p", "é ü"))
+    assert (
+        _json(engine(*words, "-p", "é ü", env=C_LOCALE))["figures"]["prompt_tokens"]
+        == (usual["figures"]["prompt_tokens"])
+    )
+
+
+@pytest.mark.parametrize("words", [["--quantize", "nf4"], ["--quantize=nf4"]])
+def test_a_value_typed_as_an_option_is_told_how_it_is_typed(engine: Run, words: list[str]) -> None:
+    done = engine("run", "tiny", *words)
+    assert done.returncode == 2
+    assert "no option --quantize" in done.stderr
+    assert "\n  quantize=nf4\n" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["hydra", "transformers", "huggingface_hub"])
+def test_a_package_that_is_missing_is_named(engine: Run, tmp_path: Path, missing: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{missing!r}] = None")
+    words = ("check", "base", "model.path=some/model") if missing != "transformers" else ("run",)
+    done = engine(*words, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1, done.stdout
+    assert f"{missing}" in done.stderr
+    assert "is not installed: pip install recipe-engine brings it" in done.stderr
+    assert "Traceback" not in done.stderr
+    debug = engine(*words, env={"PYTHONPATH": str(tmp_path), "ENGINE_DEBUG": "1"})
+    assert "Traceback" in debug.stderr
+
+
+PLUGIN = """
+import dataclasses
+import engine
+
+@dataclasses.dataclass
+class Quitter:
+    def __post_init__(self):
+        raise SystemExit(0)
+"""
+
+
+def test_a_plugin_cannot_end_the_program(engine: Run, tmp_path: Path) -> None:
+    (tmp_path / "quitting.py").write_text(PLUGIN)
+    about = tmp_path / "quitting-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: quitting\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[engine.observe]\nslow = quitting:Quitter\n")
+    words = ["base", "model.path=some/model", "observe=slow"]
+    done = engine("check", *words, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 5, done.stdout
+    assert "SystemExit" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+class _LeftReader(io.StringIO):
+    def write(self, text: str, /) -> int:
+        if text:
+            raise BrokenPipeError
+        return 0
+
+
+@pytest.mark.parametrize("verb", ["run", "chat"])
+def test_a_reader_that_leaves_stops_the_answer(
+    model: ModelFolder, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    closed: list[TextStream] = []
+    monkeypatch.setattr(TextStream, "close", lambda stream: closed.append(stream))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def add\n"))
+    monkeypatch.setattr(sys, "stdout", _LeftReader())
+    words = ["base", f"model.path={model('llama')}"]
+    with pytest.raises(BrokenPipeError):
+        run.run(words, prompt="def add") if verb == "run" else chat.chat(words)
+    assert len(closed) == 1
+
+
 def test_a_reader_that_leaves_early_gets_no_traceback(model: ModelFolder) -> None:
-    command = Path(sys.executable).with_name("engine")
-    words = f"'{command}' run base model.path='{model('llama')}' -p x -q decode.max_new_tokens=100"
+    words = f"'{COMMAND}' run base model.path='{model('llama')}' -p x -q decode.max_new_tokens=100"
     done = subprocess.run(
         f"{words} | head -c 1", shell=True, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.stderr == ""
 
 
-def test_an_interrupt_exits_130(model: ModelFolder) -> None:
-    command = Path(sys.executable).with_name("engine")
-    process = subprocess.Popen(
-        [command, "chat", "base", f"model.path={model('llama')}"],
+def _started(model: ModelFolder, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [COMMAND, *words, f"model.path={model('llama')}"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def test_an_interrupt_exits_130(model: ModelFolder) -> None:
+    process = _started(model, "chat", "base")
     time.sleep(1)  # importing torch takes longer than this
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -217,12 +366,23 @@ def test_an_interrupt_exits_130(model: ModelFolder) -> None:
     assert "Traceback" not in errors
 
 
+def test_more_interrupts_during_an_answer_exit_130_quietly(model: ModelFolder) -> None:
+    process = _started(model, "run", "base", "-p", "x", "-q", "decode.max_new_tokens=120")
+    assert process.stdout is not None
+    process.stdout.read(1)
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == ""
+
+
 def test_a_chat_on_a_terminal() -> None:
     """Type into a real pseudo-terminal: a question, a command, the end of file."""
-    command = Path(sys.executable).with_name("engine")
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [command, "chat", "decode.max_new_tokens=8"],
+        [COMMAND, "chat", "decode.max_new_tokens=8"],
         stdin=child, stdout=child, stderr=child, start_new_session=True,
         env={**os.environ, "TERM": "xterm", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip

@@ -5,23 +5,34 @@ A verb imports what it needs when it is called: `engine --help` loads neither Hy
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
-from engine.cli import chat, check, list_, run, show
-from engine.errors import EngineError
+from engine.cli import chat, check, list_, run, show, streams
+from engine.cli.verb import Verb, interrupted
+from engine.errors import EngineError, RuntimeFailure
 
+# A paragraph behind \b keeps its lines, so that a command can be pasted.
 EPILOG = """
 Any value of a recipe can be changed behind its name, in Hydra's grammar:
 
-  engine run tiny quantize=bitsandbytes quantize.bits=8 decode.max_new_tokens=64 -p "def add(a, b):"
+\b
+  engine run tiny quantize=bitsandbytes quantize.bits=8 -p "def add(a, b):"
 
 RECIPE is a shipped name (engine list), a name in ./recipes or in the user's folder, or a .yaml
 file. Without one, 'tiny' runs the small model that comes with the engine. Exit codes: 2 recipe,
 3 checkpoint, 4 does not fit, 5 plugin, 6 run, 130 interrupted. ENGINE_DEBUG=1 shows tracebacks.
 """
+
+# Brought by recipe-engine itself. Anything else that is missing is a bug, or a plugin's affair.
+BROUGHT = {
+    "torch", "transformers", "huggingface_hub", "accelerate", "safetensors", "hydra", "omegaconf",
+    "packaging", "rich", "yaml", "jinja2", "numpy", "tokenizers",
+}  # fmt: skip
 
 app = typer.Typer(
     name="engine",
@@ -32,11 +43,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("run")(run.run)
-app.command("chat")(chat.chat)
-app.command("check")(check.check)
-app.command("show")(show.show)
-app.command("list")(list_.list_)
+app.command("run", cls=Verb)(run.run)
+app.command("chat", cls=Verb)(chat.chat)
+app.command("check", cls=Verb)(check.check)
+app.command("show", cls=Verb)(show.show)
+app.command("list", cls=Verb)(list_.list_)
 
 
 @app.callback(invoke_without_command=True)
@@ -50,15 +61,57 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Run a verb; errors become one message and an exit code."""
+    streams.prepare()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # what fails here can still be told
     except EngineError as error:
-        _debug()
+        _end(error)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in BROUGHT:
+            raise
+        _end(_not_installed(error))
+    except OSError as error:
+        if not streams.discard(error):
+            raise
+        _end_unwritten(error)
+    except KeyboardInterrupt:
+        interrupted()
+        sys.exit(130)
+
+
+def _end_unwritten(error: OSError) -> NoReturn:
+    if error.errno == errno.EPIPE:  # the reader has enough
+        sys.exit(1)
+    _end(
+        RuntimeFailure(
+            f"the output cannot be written: {error.strerror}", hint="send it elsewhere: > FILE"
+        )
+    )
+
+
+def _not_installed(error: ModuleNotFoundError) -> EngineError:
+    return EngineError(f"{error.name} is not installed: pip install recipe-engine brings it")
+
+
+def _end(error: EngineError) -> NoReturn:
+    try:
         _say(error)
-        sys.exit(error.exit_code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError as unwritten:
+        if not streams.discard(unwritten):
+            raise
+    sys.exit(error.exit_code)
 
 
 def _say(error: EngineError) -> None:
+    if os.environ.get("ENGINE_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
     if "--json" in sys.argv:
         import json
 
@@ -66,10 +119,3 @@ def _say(error: EngineError) -> None:
         print(json.dumps({"ok": False, "error": type(error).__name__, "problems": problems}))
     for problem in error.problems:
         print(f"error: {problem}", file=sys.stderr)
-
-
-def _debug() -> None:
-    if os.environ.get("ENGINE_DEBUG"):
-        import traceback
-
-        traceback.print_exc()

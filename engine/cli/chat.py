@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING
 
-from engine.cli import common
+from engine.cli import common, streams
 from engine.errors import RuntimeFailure
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def chat(arguments: common.Arguments = None, json: common.Json = False) -> None:
     With --json each turn prints one object on a line: text, token_ids, figures, receipts.
     """
     recipe = common.compose(arguments)
+    streams.require_stdin()
     with common.build(recipe) as session:
         conversation = session.chat()
         if sys.stdin.isatty():
@@ -55,11 +57,13 @@ def _turn(session: Session, conversation: Chat, message: str, *, json: bool) -> 
         print(f"error: {error}\n  /reset starts anew", file=sys.stderr)
         return
     try:
-        for piece in stream:
-            if not json:
-                print(piece, end="", flush=True)
+        with closing(stream):
+            for piece in stream:
+                if not json:
+                    print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        stream.close()
+        if not sys.stdin.isatty():
+            raise
         print("\n(broken off)", file=sys.stderr)
         return
     _report(session, conversation, stream.output, json=json)
@@ -84,7 +88,11 @@ def _messages() -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
             print(file=sys.stderr)
             continue
+        except UnicodeDecodeError as error:
+            raise common.not_utf8("standard input", error) from error
         if line.strip():
             yield line.strip()

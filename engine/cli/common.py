@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from engine.cli import streams
 from engine.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -49,11 +51,11 @@ def read_prompt(text: str | None) -> str:
     The line break at the end of a file is the file's, not the prompt's.
     """
     if text is None:
-        return "" if sys.stdin is None or sys.stdin.isatty() else _stdin()
+        return "" if sys.stdin.isatty() else _stdin()
     if text == "-":
         return _stdin()
     if not text.startswith("@"):
-        return text
+        return _utf8(os.fsencode(text), "-p TEXT")
     file = Path(text[1:]).expanduser()
     try:
         return file.read_text(encoding="utf-8").removesuffix("\n")
@@ -65,10 +67,23 @@ def read_prompt(text: str | None) -> str:
 
 
 def _stdin() -> str:
+    text = _utf8(streams.require_stdin().buffer.read(), "standard input")
+    return text.removesuffix("\n")
+
+
+def _utf8(text: bytes, whose: str) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"standard input is not UTF-8 text: {error}") from error
+        raise not_utf8(whose, error) from error
+
+
+def not_utf8(whose: str, error: UnicodeDecodeError) -> RecipeError:
+    """Return the refusal of text in another encoding."""
+    return RecipeError(
+        f"{whose} is not UTF-8 text: {error.reason} at byte {error.start}",
+        hint="convert it: iconv -t utf-8 < FILE | engine run -p -",
+    )
 
 
 def build(recipe: Recipe) -> Session:
@@ -100,8 +115,13 @@ def stderr() -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Print one object on one line."""
-    print(json.dumps(value, ensure_ascii=False, default=_plain))
+    """Print one object on one line, in letters that standard output can take."""
+    text = json.dumps(value, ensure_ascii=False, default=_plain)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, default=_plain)
+    print(text)
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -31,7 +32,7 @@ def run(
 
     engine run -p "def add(a, b):"
 
-    engine run base model.path=./my-model quantize=bitsandbytes -p @prompt.txt --json
+    engine run base model.path=./my-model quantize=nf4 -p @prompt.txt --json
     """
     recipe = common.compose(arguments)
     text = common.read_prompt(prompt)
@@ -45,9 +46,10 @@ def run(
         echo = sys.stdout.isatty() and not getattr(recipe.task, "chat_template", False)
         if echo and not json and not quiet:
             typer.echo(typer.style(text, dim=True), nl=False)
-        for piece in stream:
-            if not json:
-                print(piece, end="", flush=True)
+        with closing(stream):
+            for piece in stream:
+                if not json:
+                    print(piece, end="", flush=True)
         output = stream.output
         receipts = session.collect_receipts()
         if json:

@@ -10,7 +10,9 @@ def show(arguments: common.Arguments = None, json: common.Json = False) -> None:
 
     engine show tiny cache=static
 
-    engine show tiny cache=static > recipes/mine.yaml; engine run mine -p "def add(a, b):"
+    engine show tiny cache=static > recipes/mine.yaml
+
+    engine run mine -p "def add(a, b):"
     """
     recipe = common.compose(arguments)
     if json:
