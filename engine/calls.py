@@ -119,15 +119,15 @@ class Calls:
         except EngineError:
             raise
         except (Exception, SystemExit, GeneratorExit) as error:
-            author = self._author(error, one)
-            if author is None and isinstance(error, GeneratorExit):
+            found = self._author(error, one)
+            if found is None and isinstance(error, GeneratorExit):
                 raise  # a reader closed the stream
             if type(error).__name__ == "OutOfMemoryError":
                 raise RuntimeFailure(
                     f"the device is out of memory: {str(error).splitlines()[0]}",
                     hint="quantize=bitsandbytes, a smaller cache.max_tokens, or a shorter prompt",
                 ) from error
-            author, hook = author or (one, hook)
+            author, hook = found or (one, hook)
             self.blame(author, hook, f"raised {type(error).__name__}: {error}", error)
 
     def _register(self, seat: _Seat) -> None:
