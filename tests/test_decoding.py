@@ -315,8 +315,8 @@ def test_a_slow_reader_does_not_make_the_model_slow(build: Build) -> None:
         time.sleep(0.1)
     figures = stream.output.figures
     assert figures.tokens_per_second is not None
-    assert figures.tokens_per_second > 20
-    assert figures.seconds < 0.4
+    assert figures.tokens_per_second > 15  # 10 at the pace of the reader
+    assert figures.seconds < 0.6
 
 
 def test_figures_of_a_batch_are_each_rows_own_where_they_can_be(build: Build) -> None:
