@@ -44,6 +44,10 @@ class Family:
             for trait, sign in signs.items()
             if re.search(sign, self.model_code, re.MULTILINE | re.DOTALL)
         }
+        named = {*self.defaults, *self.renamed}
+        found |= {"model.kv_heads"} if "num_key_value_heads" in named else set()
+        # Phi-3 and its kin read yarn as another word for longrope.
+        found |= {"model.longrope"} if 'in ["su", "yarn"]' in self.config_code else set()
         return frozenset(found | ({"model.known"} if self.known else set()))
 
 

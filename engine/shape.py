@@ -15,6 +15,9 @@ from typing import Any
 from engine.errors import CheckpointError, Problem
 from engine.families import family
 
+MOST_LAYERS = 10_000
+"""More than any model has; a count beyond is a mistake, and a list as long takes minutes."""
+
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
 HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -66,6 +69,8 @@ class ModelShape:
     """Tokens that the model was made for; None where its code sets no limit."""
     position: str
     """'rope', 'learned', 'alibi', 'sinusoidal' or 'none'."""
+    rope_type: str = ""
+    """How rotary positions are scaled: 'linear', 'yarn', …; 'default' where they are not."""
     layer_types: tuple[str, ...]
     """As the caches of transformers see them; 'dummy' uses the keys of another layer."""
     kv_values: tuple[int, ...]
@@ -126,6 +131,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         vocab_size=vocabulary,
         max_positions=reader.max_positions(position),
         position=position,
+        rope_type=reader.rope_type() if position == "rope" else "",
         layer_types=layer_types,
         kv_values=reader.kv_values(layer_types, heads, kv_heads, head_dim),
         sliding_window=window,
@@ -181,6 +187,7 @@ class _Reader:
 
     def complain(self, message: str, hint: str = "") -> None:
         """Note a problem of config.json."""
+        hint = hint or "mend it in config.json, or fetch that from its source again"
         self.problems.append(
             Problem(message=message, hint=hint, code="config", where="config.json")
         )
@@ -219,7 +226,10 @@ class _Reader:
     def layers(self) -> int:
         """Return the number of layers; hybrids such as Nemotron-H list them instead."""
         kinds = self.get("layers_block_type")
-        return len(kinds) if isinstance(kinds, list) else self.count(LAYERS)
+        layers = len(kinds) if isinstance(kinds, list) else self.count(LAYERS)
+        if layers > MOST_LAYERS:
+            self.complain(f"{LAYERS[0]} is {layers}, and no model has more than {MOST_LAYERS}")
+        return layers
 
     def heads(self) -> int:
         """Return the number of query heads; 0 where the config class has no such thing."""
@@ -336,6 +346,24 @@ class _Reader:
             return "sinusoidal"
         learned = r"wpe = |embed_positions = |position_embeddings = nn\.Emb|LearnedPositional"
         return "learned" if re.search(learned, code) else "none"
+
+    def rope_type(self) -> str:
+        """Return how rotary positions are scaled; note numbers that give no frequencies."""
+        given = self.mapping("rope_parameters") or self.mapping("rope_scaling")
+        kinds = [kind for kind in given.values() if isinstance(kind, Mapping)]
+        outside = {name: self.outer(name) for name in ("rope_theta", "rotary_emb_base")}
+        for part in (outside, given, *kinds):
+            for name in ("rope_theta", "rotary_emb_base", "factor"):
+                self.positive(name, part.get(name))
+        full = given.get("full_attention", given)
+        full = full if isinstance(full, Mapping) else {}
+        return _text(full.get("rope_type") or full.get("type")) or "default"
+
+    def positive(self, name: str, value: Any) -> None:
+        """Note a problem of what should be a number above zero, where it is stated."""
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            self.complain(f"{name} must be a number above 0, not {value!r}")
 
     def max_positions(self, position: str) -> int | None:
         """Return the longest text that the model was made for."""

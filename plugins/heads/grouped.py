@@ -46,6 +46,8 @@ class GroupedHeads:
                 "its queries, keys and values share one matrix",
                 hint="heads=native",
             )
+        elif "model.known" in shape.traits and "model.kv_heads" not in shape.traits:
+            yield _always_as_many(shape.model_type)
         elif wanted == there:
             yield Problem(
                 slot="heads",
@@ -77,11 +79,7 @@ class GroupedHeads:
         text = config.get_text_config()
         there = getattr(text, "num_key_value_heads", None)
         if not there:
-            raise RecipeError(
-                f"heads=grouped: the code of {text.model_type} has as many key/value heads as "
-                "query heads, always",
-                hint="heads=native",
-            )
+            raise RecipeError(_always_as_many(text.model_type))
         if self.num_key_value_heads not in _divisors(there)[:-1]:
             raise RecipeError(
                 f"heads=grouped cannot pool {there} key/value heads into "
@@ -110,17 +108,30 @@ class GroupedHeads:
             "projections": len(projections),
             "rows of each": ", ".join(map(str, sorted(rows))),
         }
-        worst = _largest_difference(session, _head_dim(text))
+        pooled = _were_pooled(session)
+        worst = _largest_difference(session, _head_dim(text)) if pooled else None
         if worst is not None:
             evidence["largest difference from the checkpoint's mean"] = worst
         yield Receipt(
             slot="heads",
-            claim="key/value heads are means of the checkpoint's",
+            claim="key/value heads are means of the checkpoint's"
+            if pooled
+            else "the model was made with this many key/value heads; there were none to pool",
             evidence=evidence,
             # Not 0: a GPU adds in another order than the CPU that recomputes.
             ok=rows == {self.num_key_value_heads * _head_dim(text)}
             and (worst or 0.0) <= torch.finfo(model.dtype).eps,
         )
+
+
+def _always_as_many(model_type: str) -> Problem:
+    return Problem(
+        slot="heads",
+        code="heads-unsupported",
+        message=f"heads=grouped: the code of {model_type} has as many key/value heads as query "
+        "heads, always",
+        hint="heads=native",
+    )
 
 
 def _divisors(number: int) -> list[int]:
@@ -141,19 +152,21 @@ def _pool(tensor: torch.Tensor, rows: int, head_dim: int) -> torch.Tensor:
     return grouped.mean(dim=1).flatten(0, 1).to(tensor.dtype)
 
 
+def _were_pooled(session: Session) -> bool:
+    """Tell weights that came from files, and so went through a conversion, from made up ones."""
+    used = getattr(session.model, "_weight_conversions", None) or ()
+    return any("k_proj.weight" in conversion.source_patterns for conversion in used)
+
+
 def _largest_difference(session: Session, head_dim: int) -> float | None:
     """Return how far the first layer's keys and values are from means of the checkpoint's.
 
-    Relative to the largest of them. None where it cannot be told: weights that are packed, made
-    up, or not in safetensors.
+    Relative to the largest of them. None where it cannot be told: weights that are packed, or not
+    in safetensors.
     """
     from safetensors import safe_open
     from torch import nn
 
-    # Only weights that came from files went through a conversion.
-    used = getattr(session.model, "_weight_conversions", None) or ()
-    if not any("k_proj.weight" in conversion.source_patterns for conversion in used):
-        return None
     stored = checkpoint.tensors(Path(str(session.model.name_or_path)), allow_pickle=True)
     worst = None
     for kind in (".k_proj", ".v_proj"):

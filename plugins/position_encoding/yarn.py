@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -48,6 +48,8 @@ class Yarn:
                 f"has {shape.position} positions",
                 hint="position_encoding=native",
             )
+        elif shape is not None:
+            yield from _unsuitable(shape.model_type, shape.rope_type, shape.traits)
         for name, ok, why, hint in (
             ("factor", self.factor > 1, "must be more than 1, or nothing is stretched", "4"),
             ("beta_slow", self.beta_slow > 0, "must be more than 0", "1"),
@@ -81,12 +83,8 @@ class Yarn:
             )
         nested = "full_attention" in parameters
         old = parameters["full_attention"] if nested else parameters
-        if old.get("rope_type", "default") != "default":
-            raise RecipeError(
-                f"position_encoding=yarn: the checkpoint already scales its positions "
-                f"({old['rope_type']}), and was trained so",
-                hint="position_encoding=native",
-            )
+        if found := list(_unsuitable(text.model_type, old.get("rope_type", "default"))):
+            raise RecipeError(found)
         original = (
             self.original_max_position_embeddings
             or getattr(text, "original_max_position_embeddings", None)
@@ -137,6 +135,22 @@ class Yarn:
             "attention_factor": self.attention_factor,
         }
         return {name: value for name, value in values.items() if value is not None}
+
+
+def _unsuitable(model_type: str, rope_type: str, traits: Collection[str] = ()) -> Iterator[Problem]:
+    """Yield why rotary positions cannot be stretched, in the words of check and of the build."""
+    why = ""
+    if rope_type not in ("", "default"):
+        why = f"the checkpoint already scales its positions ({rope_type}), and was trained so"
+    elif "model.longrope" in traits:
+        why = f"transformers refuses it for {model_type}, whose code scales by longrope only"
+    if why:
+        yield Problem(
+            slot="position_encoding",
+            code="position-unsupported",
+            message=f"position_encoding=yarn: {why}",
+            hint="position_encoding=native",
+        )
 
 
 def _measure(model: PreTrainedModel, source: PretrainedConfig) -> tuple[int, int, float]:

@@ -199,6 +199,13 @@ def test_split_projections_are_those_of_the_model(case: Case) -> None:
     assert ("model.split_kv" in case.shape.traits) == ({"k_proj", "v_proj"} <= names)
 
 
+def test_key_value_heads_trait_is_what_the_config_class_says(case: Case) -> None:
+    if "model.split_kv" not in case.shape.traits:
+        pytest.skip("its projections cannot be pooled anyway")
+    told = "model.kv_heads" in case.shape.traits
+    assert told == hasattr(case.config, "num_key_value_heads")
+
+
 def test_position_is_known(case: Case) -> None:
     assert case.shape.position == case.position
     assert ("model.alibi" in case.shape.traits) == (case.position == "alibi")
@@ -347,6 +354,10 @@ def test_unknown_type_tells_its_positions_by_its_keys() -> None:
         ({"vocab_size": -1}, "vocab_size must be a whole number above 0, not -1"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers must be a whole number above 0, not '3'"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and no model has more"),
+        ({"rope_theta": -5}, "rope_theta must be a number above 0, not -5"),
+        ({"rope_parameters": {"rope_theta": "a"}}, "rope_theta must be a number above 0, not 'a'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads must be"),
         ({"num_attention_heads": 5}, "hidden_size 48 does not divide by 5 attention heads"),
         ({"num_key_value_heads": 3}, "4 attention heads do not divide by 3 key/value heads"),

@@ -15,8 +15,17 @@ from engine.contexts import HeadsContext
 from engine.errors import EngineError, RecipeError
 from engine.plugins.heads.grouped import GroupedHeads
 from tests.conftest import Build
-from tests.models import tiny_model
-from tests.plugins.helpers import hints, logits, plain, receipt, relative, shape_of, verdict
+from tests.models import tiny_config, tiny_model
+from tests.plugins.helpers import (
+    hints,
+    logits,
+    plain,
+    receipt,
+    refusals,
+    relative,
+    shape_of,
+    verdict,
+)
 
 registry: Any = conversion_mapping
 
@@ -86,9 +95,9 @@ def test_a_failed_load_leaves_no_trace(tmp_path: Path, build: Build) -> None:
     (folder / "config.json").write_text(
         (folder / "config.json")
         .read_text()
-        .replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+        .replace('"intermediate_size": 128', '"intermediate_size": 96')
     )
-    with pytest.raises(EngineError, match="9 tensors"):
+    with pytest.raises(EngineError, match="6 tensors"):
         build(f"model.path={folder}", "heads=grouped")
     assert registry.get_checkpoint_conversion_mapping("llama") is None
 
@@ -120,10 +129,19 @@ def test_what_cannot_be_pooled_is_refused(model: Callable[[str], Path], build: B
     assert hints(GroupedHeads(1), shape_of(model("gpt2"))) == ["heads=native"]
     assert len(hints(GroupedHeads(1), replace(llama, quantization="bitsandbytes"))) == 1
     assert hints(GroupedHeads(1)) == []
+    (told,) = refusals(GroupedHeads(1), shape_of(model("opt")))
+    assert "as many key/value heads as query heads, always" in told.message
     with pytest.raises(RecipeError, match="as many key/value heads as query heads"):
-        build("heads=grouped", family="opt")
+        GroupedHeads(1).heads(HeadsContext(config=tiny_config("opt")))
     with pytest.raises(RecipeError, match="cannot pool 2"):
         GroupedHeads(2).heads(HeadsContext(config=build().config))
+
+
+def test_made_up_weights_claim_no_means(build: Build) -> None:
+    made = receipt(build("heads=grouped", "load=random"), "heads")
+    assert "made with this many" in made.claim
+    assert "means" not in made.claim
+    assert "means" in receipt(build("heads=grouped"), "heads").claim
 
 
 def test_heads_that_were_not_pooled_are_no_proof(build: Build) -> None:

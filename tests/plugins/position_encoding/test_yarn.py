@@ -16,7 +16,16 @@ from engine.errors import RecipeError
 from engine.plugins.position_encoding.yarn import Yarn
 from tests.conftest import Build
 from tests.models import tiny_config
-from tests.plugins.helpers import hints, logits, plain, receipt, relative, shape_of, verdict
+from tests.plugins.helpers import (
+    hints,
+    logits,
+    plain,
+    receipt,
+    refusals,
+    relative,
+    shape_of,
+    verdict,
+)
 
 
 def by_the_paper(dim: int, base: float, length: int, factor: float) -> torch.Tensor:
@@ -100,7 +109,7 @@ def test_text_beyond_the_old_context_is_answered(build: Build) -> None:
     assert len(output.token_ids) == 8
 
 
-def test_what_cannot_be_stretched_is_refused(model: Callable[[str], Path], build: Build) -> None:
+def test_what_cannot_be_stretched_is_refused(model: Callable[[str], Path]) -> None:
     llama = shape_of(model("llama"))
     assert hints(Yarn(), llama) == hints(Yarn()) == []
     for family in ("gpt2", "bloom", "opt"):
@@ -111,8 +120,12 @@ def test_what_cannot_be_stretched_is_refused(model: Callable[[str], Path], build
     assert hints(Yarn(attention_factor=-1.0), llama) == ["position_encoding.attention_factor=null"]
     assert len(hints(Yarn(original_max_position_embeddings=-1), llama)) == 1
     assert hints(Yarn(), replace(llama, traits=frozenset({"model.rope"}))) == []
+    (told,) = refusals(Yarn(), shape_of(model("phi3")))
+    assert "transformers refuses it for phi3" in told.message
+    (told,) = refusals(Yarn(), replace(llama, rope_type="linear"))
+    assert "already scales its positions (linear)" in told.message
     with pytest.raises(RecipeError, match="refuses it for phi3"):
-        build("position_encoding=yarn", family="phi3")
+        Yarn().position_encoding(PositionContext(config=tiny_config("phi3")))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
