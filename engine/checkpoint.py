@@ -8,7 +8,6 @@ In the order of use: `locate` and `read_config` before anything is loaded, `tens
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -16,24 +15,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, Problem
+from engine.families import family
 from engine.model_folder import SMALL_FILES, escapes, fetch, is_local, locate
-from engine.safetensors_header import Header, TensorInfo, disguise, read_header
+from engine.model_json import (
+    bad_file,
+    generation_config,
+    json_object,
+    listing,
+    read_config,
+    some,
+    unusable,
+)
+from engine.safetensors_header import Header, TensorInfo, read_header
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from engine.shape import ModelShape
+
 __all__ = [
+    "FLOATS",
     "Header",
     "TensorInfo",
     "fetch_weights",
+    "generation_config",
     "locate",
     "read_config",
     "read_header",
+    "some",
     "tensors",
+    "unusable",
     "verify_checksums",
+    "verify_dtypes",
     "verify_finite",
     "verify_loaded",
+    "verify_promises",
     "verify_tokenizer",
 ]
 
@@ -41,73 +58,12 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Causal masks that old checkpoints of GPT-2, GPT-Neo and GPT-J hold; models make their own now.
 _RELICS = ("*.attn.bias", "*.attn.attention.bias", "*.masked_bias")
+_PACKINGS = ("bitsandbytes", "gptq", "awq")
+_PARTS = "model|transformer|gpt_neox|decoder|language_model"
+_LAYER = re.compile(rf"(?:(?:{_PARTS})\.)*(?:layers|h)\.(\d+)\.")
+_LAYER_LOOP = re.compile(r"range\(config\.(?:num_hidden_layers|n_layer)\)")
+FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json, parsed and nothing else.
-
-    Raises CheckpointError when it is missing, not a JSON object, describes no model, or asks for
-    a kernel of the hub, which would be code from elsewhere.
-    """
-    config = _json_object(folder / "config.json")
-    if not (config.get("model_type") or config.get("architectures")):
-        message = "config.json has neither model_type nor architectures: it describes no model"
-        raise _bad_file(folder / "config.json", message)
-    for key, value in _implementations(config):
-        # CVE-2026-4372: "org/name" here made transformers download and run code.
-        if "/" in str(value):
-            message = f"config.json asks for code from elsewhere: {key}={value}"
-            hint = f"remove {key} from it; the recipe chooses: attention=sdpa"
-            raise _bad_file(folder / "config.json", message, hint)
-    return config
-
-
-def _implementations(node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if re.match(r"_?(attn|experts)_implementation", key):
-                yield key, value
-            else:
-                yield from _implementations(value)
-    elif isinstance(node, list):
-        for item in node:
-            yield from _implementations(item)
-
-
-def _bad_file(
-    file: Path, message: str, hint: str = "fetch it from its source again", code: str = "file"
-) -> CheckpointError:
-    return CheckpointError(Problem(code=code, message=message, hint=hint, where=str(file)))
-
-
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        hint = f"in {file.parent} there is: {_listing(file.parent)}"
-        raise _bad_file(file, f"{file.name} cannot be read: {error.strerror}", hint) from error
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        what, hint = disguise(content[:256]) or (f"not JSON: {error}", "fetch it again, or mend it")
-        raise _bad_file(file, f"{file.name} is {what} ({len(content)} bytes)", hint) from error
-    if not isinstance(parsed, dict):
-        raise _bad_file(file, f"{file.name} is not a JSON object but {type(parsed).__name__}")
-    return parsed
-
-
-def _listing(folder: Path) -> str:
-    try:
-        names = sorted(entry.name for entry in folder.iterdir())
-    except OSError:
-        return "nothing, the folder cannot be read"
-    return _some(names) or "nothing"
-
-
-def _some(names: Collection[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(list(names)[:limit]) + more
 
 
 def _counted(names: Collection[str]) -> str:
@@ -127,25 +83,25 @@ def tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorInfo
     if pickles := sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)):
         if allow_pickle:
             return {}
-        raise _bad_file(
+        raise bad_file(
             folder,
-            f"the weights are only there as pickle, which can run code: {_some(pickles)}",
+            f"the weights are only there as pickle, which can run code: {some(pickles)}",
             "take a revision with safetensors, or convert them where that can do no harm "
             "(from_pretrained, save_pretrained), or trust them: load.allow_pickle=true",
             "pickle",
         )
     message = f"no weights: neither {_WEIGHTS} nor {_INDEX}"
-    raise _bad_file(folder, message, f"in the folder there is: {_listing(folder)}", "weights")
+    raise bad_file(folder, message, f"in the folder there is: {listing(folder)}", "weights")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    weight_map = _json_object(folder / _INDEX).get("weight_map")
+    weight_map = json_object(folder / _INDEX).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise _bad_file(folder / _INDEX, f"{_INDEX} has no weight_map of tensor → file")
+        raise bad_file(folder / _INDEX, f"{_INDEX} has no weight_map of tensor → file")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or escapes(shard) or not shard.endswith(".safetensors"):
             message = f"{_INDEX} maps {name} to {shard}: no safetensors file of this folder"
-            raise _bad_file(folder / _INDEX, message)
+            raise bad_file(folder / _INDEX, message)
     return weight_map
 
 
@@ -156,15 +112,23 @@ def _shards(folder: Path) -> list[str]:
 def _sharded(folder: Path) -> Header:
     weight_map, shards = _weight_map(folder), _shards(folder)
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        message = f"missing: {len(missing)} of {len(shards)} shards: {_some(missing)}"
-        raise _bad_file(folder, message, "an interrupted download? fetch them again", "shards")
+        message = f"missing: {len(missing)} of {len(shards)} shards: {some(missing)}"
+        raise bad_file(folder, message, "an interrupted download? fetch them again", "shards")
     headers = {shard: read_header(folder / shard) for shard in shards}
     if lost := [name for name, shard in weight_map.items() if name not in headers[shard]]:
         where = [f"{name} (not in {weight_map[name]})" for name in lost]
-        message = f"{_counted(lost)} that {_INDEX} promises: {_some(where)}"
+        message = f"{_counted(lost)} that {_INDEX} promises: {some(where)}"
         hint = "index and shards are of different checkpoints: fetch all of them again"
-        raise _bad_file(folder / _INDEX, message, hint, "shards")
+        raise bad_file(folder / _INDEX, message, hint, "shards")
     return {name: info for header in headers.values() for name, info in header.items()}
+
+
+def _unlisted(folder: Path) -> set[str]:
+    """Return the tensors in the folder's files that its index does not name."""
+    if not (folder / _INDEX).is_file():
+        return set()
+    files = sorted(folder.glob("*.safetensors"))
+    return {name for file in files for name in read_header(file)} - set(_weight_map(folder))
 
 
 def fetch_weights(path: str, revision: str | None, *, allow_pickle: bool = False) -> Path:
@@ -182,6 +146,30 @@ def fetch_weights(path: str, revision: str | None, *, allow_pickle: bool = False
     if allow_pickle and not any((folder / shard).is_file() for shard in shards):
         folder = fetch(path, revision, [*SMALL_FILES, "pytorch_model*.bin"])
     return folder
+
+
+def verify_promises(shape: ModelShape) -> None:
+    """Raise CheckpointError where the headers of the weights contradict config.json.
+
+    Only where neither can mean something else: the usual names of layers, in a model whose code
+    makes as many as the config counts, and packings that store no plain numbers.
+    """
+    where, code = Path("config.json"), family(shape.model_type).model_code
+    found = [match for match in map(_LAYER.match, shape.tensors) if match]
+    there = max((int(match[1]) + 1 for match in found), default=0)
+    # A layer that only predicts tokens further ahead comes behind the others, and is left out.
+    more = there > shape.layers and not re.search(r"_on_load_unexpected = .*layers", code)
+    if found and (there < shape.layers or more) and _LAYER_LOOP.search(code):
+        message = f"config.json says {shape.layers} layers, the weights have {there}"
+        raise bad_file(where, message, "config.json is another model's: fetch both again", "layers")
+    kinds = {tensor.dtype for tensor in shape.tensors.values()}
+    if kinds and shape.quantization in _PACKINGS and kinds <= set(FLOATS):
+        message = (
+            f"config.json says that the weights are packed by {shape.quantization}; "
+            f"all of them are plain numbers: {', '.join(sorted(kinds))}"
+        )
+        hint = "remove quantization_config from it; to pack them now: quantize=bitsandbytes"
+        raise bad_file(where, message, hint, "quantization")
 
 
 def verify_checksums(folder: Path) -> int:
@@ -212,9 +200,9 @@ def verify_checksums(folder: Path) -> int:
 def _checksum(manifest: Path, line: str) -> tuple[str, str]:
     match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
     if match is None:
-        raise _bad_file(manifest, f"SHA256SUMS has a line that sha256sum does not write: {line}")
+        raise bad_file(manifest, f"SHA256SUMS has a line that sha256sum does not write: {line}")
     if escapes(match[2]):
-        raise _bad_file(manifest, f"SHA256SUMS lists a file outside of the folder: {match[2]}")
+        raise bad_file(manifest, f"SHA256SUMS lists a file outside of the folder: {match[2]}")
     return match[1].lower(), match[2]
 
 
@@ -244,8 +232,8 @@ def verify_finite(folder: Path, names: Collection[str] | None = None) -> None:
             bad += [found for name in group if (found := _not_finite(name, handle))]
     if bad:
         hint = "training diverged or the file is damaged: take another checkpoint"
-        message = f"{_counted(bad)} with values that are not finite: {_some(bad)}"
-        raise _bad_file(folder, message, hint, "not-finite")
+        message = f"{_counted(bad)} with values that are not finite: {some(bad)}"
+        raise bad_file(folder, message, hint, "not-finite")
 
 
 def _not_finite(name: str, handle: Any) -> str:
@@ -282,6 +270,8 @@ def verify_loaded(
     Raises CheckpointError with all differences.
     """
     missing = _unmatched(info["missing_keys"], expected_missing)
+    unlisted = sorted(_unlisted(folder).intersection(missing)) if missing else []
+    missing = [name for name in missing if name not in unlisted]
     unexpected = _unmatched(info["unexpected_keys"], [*_RELICS, *expected_unexpected])
     differing = [
         *info["mismatched_keys"],
@@ -300,6 +290,11 @@ def verify_loaded(
             "config.json has more layers than the weights, or weights are missing or renamed",
         ),
         (
+            unlisted,
+            f"in the files, but not in {_INDEX}, by which they are found",
+            "the index is incomplete: fetch it again, or save the checkpoint anew",
+        ),
+        (
             unexpected,
             f"of the checkpoint without a place in {kind}",
             "config.json has fewer layers than the weights, or is another model's",
@@ -314,7 +309,7 @@ def verify_loaded(
     problems = [
         Problem(
             code="tensors",
-            message=f"{_counted(names)} {what}: {_some(names)}",
+            message=f"{_counted(names)} {what}: {some(names)}",
             hint=hint,
             where=str(folder),
         )
@@ -323,6 +318,31 @@ def verify_loaded(
     ]
     if problems:
         raise CheckpointError(problems)
+
+
+def verify_dtypes(folder: Path, tensors: Mapping[str, TensorInfo], model: PreTrainedModel) -> None:
+    """Raise CheckpointError for weights that are not plain floating point numbers.
+
+    For checkpoints that do not say that they are quantized. transformers takes what there is:
+    codes without their scales as weights, of complex numbers the real part.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    prefix = f"{model.base_model_prefix}."
+    ignored = [re.compile(each) for each in model._keys_to_ignore_on_load_unexpected or ()]
+    odd = [
+        f"{name} is {info.dtype}"
+        for name, info in tensors.items()
+        if info.dtype not in FLOATS
+        and not buffers & {name, prefix + name, name.removeprefix(prefix)}
+        and not any(each.search(name) for each in ignored)
+    ]
+    if odd := _unmatched(odd, [f"{pattern} is *" for pattern in _RELICS]):
+        message = (
+            f"{_counted(odd)} of a kind that cannot be weights: {some(odd)}; needed: "
+            f"{', '.join(FLOATS)}, for config.json has no quantization_config"
+        )
+        hint = "if they are packed, config.json lacks its quantization_config: fetch both again"
+        raise bad_file(folder, message, hint, "dtype")
 
 
 def _linear_mismatches(

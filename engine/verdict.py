@@ -62,7 +62,11 @@ def check(recipe: Recipe) -> Verdict:
     shape, broken = _shape(recipe)
     traits = _traits(hooks, shape, target)
     context = CheckContext(recipe=recipe, shape=shape, target=target, traits=frozenset(traits))
-    problems = [*_own(context), *_unmet(hooks, traits), *hooks.check(context)]
+    problems = [*_own(context), *_unmet(hooks, traits)]
+    try:
+        problems += hooks.check(context)
+    except CheckpointError as refusal:  # whether the weights are needed, and fit, `load` knows
+        broken = [*broken, *refusal.problems]
     if problems or broken:
         error = RecipeError if problems else CheckpointError
         return Verdict(recipe, hooks, target, shape, [*problems, *broken], error=error)
@@ -148,13 +152,16 @@ def _terms(hooks: Hooks, context: CheckContext) -> list[Term]:
     if context.shape is None:
         return []
     new: Any = context.recipe.decode
+    tokens, limit = new.max_new_tokens, context.shape.max_positions
+    if limit is not None and "position.extended" not in context.traits:
+        tokens = min(tokens, limit)  # where the context ends, so does the answer
     return hooks.estimate(
         EstimateContext(
             recipe=context.recipe,
             shape=context.shape,
             target=context.target,
             batch=1,
-            tokens=new.max_new_tokens,
+            tokens=tokens,
         )
     )
 

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine
-from engine.errors import CheckpointError, RuntimeFailure
+from engine import verdict
+from engine.errors import CheckpointError, RecipeError, RuntimeFailure
 from tests.conftest import Run
 from tests.models import tiny_model
 
@@ -100,6 +101,12 @@ def _larger_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _generation(values: Any) -> Callable[[Path], None]:
+    return lambda folder: (
+        (folder / "generation_config.json").write_text(json.dumps(values)) and None
+    )
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated body": (_bytes(lambda data: data[:-1000]), r"[\d,]+ bytes"),
     "truncated header": (_bytes(lambda data: data[:60]), r"\d+ bytes"),
@@ -115,7 +122,30 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "NaN": (_value(float("nan")), "1 NaN"),
     "Inf": (_value(float("inf")), "1 Inf"),
     "missing tensor": (_tensor(lambda tensor: None), re.escape(TENSOR)),
-    "one layer more": (_config(num_hidden_layers=3), "9 tensors"),
+    "one layer more": (_config(num_hidden_layers=3), "3 layers, the weights have 2"),
+    "one layer less": (_config(num_hidden_layers=1), "1 layers, the weights have 2"),
+    "a billion layers": (_config(num_hidden_layers=10**9), "1000000000.*no model has more than"),
+    "int8 weights": (_tensor(lambda tensor: tensor.to(torch.int8)), rf"{TENSOR} is I8.*BF16"),
+    "boolean weights": (_tensor(lambda tensor: tensor > 0), rf"{TENSOR} is BOOL"),
+    "float8 weights": (_tensor(lambda tensor: tensor.to(torch.float8_e4m3fn)), "is F8_E4M3"),
+    "complex weights": (_tensor(lambda tensor: tensor.to(torch.complex64)), "is C64"),
+    "packed by nobody": (
+        _config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        r"packed by bitsandbytes.*config\.json",
+    ),
+    "packed by nonsense": (
+        _config(quantization_config={"quant_method": "nonsense"}),
+        r"quant_method=nonsense.*config\.json",
+    ),
+    "negative rope": (_config(rope_parameters={"rope_theta": -5}), r"rope_theta.*-5.*config\.json"),
+    "rope of text": (_config(rope_parameters={"rope_theta": "a"}), "rope_theta must be.*'a'"),
+    "nested ends": (_generation({"eos_token_id": [[1], [2]]}), r"generation_config\.json: eos_tok"),
+    "end of text": (
+        _generation({"eos_token_id": "x"}),
+        r"generation_config\.json: eos_token_id='x'",
+    ),
+    "pad beyond": (_generation({"pad_token_id": 100000}), "pad_token_id=100000 is no token"),
+    "a list of settings": (_generation([1]), r"generation_config\.json is not a JSON object"),
     "wrong shape": (_tensor(lambda tensor: tensor[:-1].clone()), r"127.*128|128.*127"),
     "missing file": (lambda folder: _weights(folder).unlink(), "safetensors"),
     "only pickle": (_only_pickle, "pickle"),
@@ -149,6 +179,60 @@ def test_a_broken_checkpoint_is_refused(fault: str, folder: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"(?s){says}") as caught:
         engine.build(engine.compose("base", [f"model.path={folder}"]))
     assert all(problem.hint for problem in caught.value.problems), "what to do about it"
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"hidden_act": "banana"}, "hidden_act=banana from config.json"),
+        ({"rope_parameters": {"rope_type": "banana"}}, "rope_type=banana from config.json"),
+        ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "unheard"}, "unheard"),
+    ],
+)
+@pytest.mark.parametrize("load", ["transformers", "random"])
+def test_a_refused_value_is_named_and_code_is_hinted_at_only_where_there_is_some(
+    values: dict[str, Any], says: str, load: str, sound: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sound["single"], tmp_path / "model"))
+    _config(**values)(folder)
+    with pytest.raises((CheckpointError, RecipeError), match=says) as caught:
+        engine.build(engine.compose("base", [f"model.path={folder}", f"load={load}"]))
+    hinted = any("trust_remote_code" in problem.hint for problem in caught.value.problems)
+    assert hinted == ("auto_map" in values)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _generation({"num_return_sequences": 3, "eos_token_id": 2}),
+        _generation({"watermarking_config": {"a": 3}, "pad_token_id": -1}),
+        _config(return_dict=False),
+    ],
+)
+def test_settings_that_nothing_uses_stop_nothing(
+    spoil: Callable[[Path], None], sound: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sound["single"], tmp_path / "model"))
+    spoil(folder)
+    with engine.build(engine.compose("base", [f"model.path={folder}"])) as session:
+        assert session.generate("x").token_ids
+
+
+@pytest.mark.parametrize("fault", ["one layer more", "packed by nobody", "negative rope"])
+def test_check_tells_what_config_and_headers_tell(fault: str, folder: Path) -> None:
+    FAULTS[fault][0](folder)
+    with pytest.raises(CheckpointError, match=rf"(?s){FAULTS[fault][1]}"):
+        verdict.check(engine.compose("base", [f"model.path={folder}"])).raise_for_problems()
+
+
+def test_without_docstrings_the_reason_is_told(
+    sound: dict[str, Path], engine: Run, tmp_path: Path
+) -> None:
+    words = ("run", "base", f"model.path={sound['single']}", "-p", "x")
+    done = engine(*words, env={"PYTHONOPTIMIZE": "2"})
+    assert done.returncode == 3, done.stderr
+    assert "needs docstrings" in done.stderr
+    assert "PYTHONOPTIMIZE=1" in done.stderr
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine import checkpoint, hookimpl
-from engine.contexts import LoadContext, Loaded, Receipt
-from engine.errors import CheckpointError, Problem
+from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
+from engine.errors import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,8 @@ class LoadedRandom(Loaded):
     """A model, and the seed it grew from."""
 
     seed: int
+    digest: str
+    """Of the weights as they were made."""
 
 
 @dataclass
@@ -36,6 +38,18 @@ class Random:
     """
 
     seed: int | None = None
+
+    @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Refuse packed checkpoints: there is no making up their codes."""
+        if context.shape is not None and context.shape.quantization:
+            yield Problem(
+                slot="load",
+                code="checkpoint-quantized",
+                message="load=random makes plain weights, and config.json says that they are "
+                f"packed ({context.shape.quantization})",
+                hint="load=transformers, or the original checkpoint as model.path",
+            )
 
     @hookimpl
     def load(self, context: LoadContext) -> LoadedRandom:
@@ -57,17 +71,9 @@ class Random:
                     trust_remote_code=context.recipe.model.trust_remote_code,
                     **options,
                 )
-            except (ValueError, ImportError) as error:
-                raise CheckpointError(
-                    Problem(
-                        code="load",
-                        message=f"transformers cannot make a {context.config.model_type}: "
-                        + str(error).partition("\n")[0],
-                        hint="if it needs code of its own, read that, then: "
-                        "model.trust_remote_code=true model.revision=…",
-                        where=str(context.folder / "config.json"),
-                    )
-                ) from error
+            except Exception as error:
+                what = f"transformers cannot make a {context.config.model_type}"
+                raise checkpoint.unusable(context.folder, error, what) from error
         if context.quantization.config is not None:
             model = _quantized(model, context, options)
         else:
@@ -75,18 +81,16 @@ class Random:
         if context.quantization.finish is not None:
             context.quantization.finish(model)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
-        return LoadedRandom(model=model.eval(), tokenizer=tokenizer, seed=seed)
+        model.generation_config = checkpoint.generation_config(context.folder, context.config)
+        return LoadedRandom(
+            model=model.eval(), tokenizer=tokenizer, seed=seed, digest=_digest(model)
+        )
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Give a digest of the weights, and show that they are no constant."""
-        import torch
-
         model: Any = session.model
-        digest = hashlib.sha256()
-        for name, tensor in model.named_parameters():
-            sample = tensor.detach().flatten()[:SAMPLE].cpu().contiguous()
-            digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+        digest = _digest(model)
         spread = float(model.get_input_embeddings().weight.detach().float().std())
         yield Receipt(
             slot="load",
@@ -96,11 +100,24 @@ class Random:
                 "parameters": model.num_parameters(),
                 "seed": session.built["load"].seed,
                 "spread of the embedding": spread,
-                f"SHA-256 of {SAMPLE} values per tensor": digest.hexdigest()[:16],
+                f"SHA-256 of {SAMPLE} values per tensor": digest,
                 "device": str(model.device),
             },
-            ok=spread > 0 and not model.training and model.device.type == session.device.type,
+            ok=spread > 0
+            and digest == session.built["load"].digest
+            and not model.training
+            and model.device.type == session.device.type,
         )
+
+
+def _digest(model: PreTrainedModel) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        sample = tensor.detach().flatten()[:SAMPLE].cpu().contiguous()
+        digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _quantized(
@@ -137,13 +154,7 @@ def _tokenizer(context: LoadContext) -> PreTrainedTokenizerBase:
             context.folder, trust_remote_code=context.recipe.model.trust_remote_code
         )
     except Exception as error:
-        first = str(error).partition("\n")[0]
-        raise CheckpointError(
-            Problem(
-                code="load",
-                message=f"there is no tokenizer that can be used: {type(error).__name__}: {first}",
-                hint="put tokenizer.json and tokenizer_config.json beside config.json",
-                where=str(context.folder),
-            )
-        ) from error
+        what = "there is no tokenizer that can be used"
+        hint = "put tokenizer.json and tokenizer_config.json beside config.json"
+        raise checkpoint.unusable(context.folder, error, what, hint) from error
     return tokenizer

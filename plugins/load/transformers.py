@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine import checkpoint, hookimpl
-from engine.contexts import LoadContext, Loaded, Receipt
-from engine.errors import CheckpointError, DoesNotFit, Problem
+from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
+from engine.errors import DoesNotFit, Problem
+from engine.shape import read_shape
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.core_model_loading import WeightConverter
 
+    from engine.checkpoint import TensorInfo
     from engine.session import Session
 
 _LOADING = threading.Lock()
 """Conversions are registered for the whole process, so only one model loads at a time."""
 
-CODE = "if it needs code of its own, read that, then: model.trust_remote_code=true model.revision=…"
 TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
 
 
@@ -32,8 +34,10 @@ TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
 class LoadedCheckpoint(Loaded):
     """A model, and how much of its checkpoint was verified."""
 
-    tensors: int
+    files: Mapping[str, TensorInfo]
     checksums: int
+    proven: Mapping[str, torch.dtype]
+    """Parameters that were as in the files when they were loaded, and in what format."""
 
 
 @dataclass
@@ -48,6 +52,13 @@ class Transformers:
     scan: bool = True
 
     @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Hold config.json against the weights, where they are here."""
+        if context.shape is not None:
+            checkpoint.verify_promises(context.shape)
+        return iter(())
+
+    @hookimpl
     def load(self, context: LoadContext) -> LoadedCheckpoint:
         """Verify the files, load them, and verify what became of them."""
         asked = context.recipe.model
@@ -55,6 +66,8 @@ class Transformers:
             asked.path, asked.revision, allow_pickle=self.allow_pickle
         )
         tensors = checkpoint.tensors(folder, allow_pickle=self.allow_pickle)
+        config = checkpoint.read_config(folder)
+        checkpoint.verify_promises(read_shape(config, tensors))
         checksums = checkpoint.verify_checksums(folder)
         if self.scan:
             checkpoint.verify_finite(folder)
@@ -62,18 +75,28 @@ class Transformers:
         with _LOADING, _quiet(), _registered(context.config, context.heads.converters):
             model, info = self._from_pretrained(context, folder)
         reshaped = [p for each in context.heads.converters for p in each.source_patterns]
+        packed = context.quantization.config or config.get("quantization_config")
+        if config.get("quantization_config") is None:
+            checkpoint.verify_dtypes(folder, tensors, model)
         checkpoint.verify_loaded(folder, info, model=model, tensors=tensors, reshaped=reshaped)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         if context.quantization.finish is not None:
             context.quantization.finish(model)
         return LoadedCheckpoint(
-            model=model.eval(), tokenizer=tokenizer, tensors=len(tensors), checksums=checksums
+            model=model.eval(),
+            tokenizer=tokenizer,
+            files=tensors,
+            checksums=checksums,
+            # What is packed computes in other formats, and casts its biases while it does.
+            proven=_as_in_the_files(model, tensors) if packed is None else {},
         )
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
-        """Count what is in memory, and where."""
+        """Count what is in memory, and where; hold a sample against the files once more."""
         model, loaded = session.model, session.built["load"]
+        now = _as_in_the_files(model, loaded.files)
+        changed = [name for name, dtype in loaded.proven.items() if now.get(name) != dtype]
         held = [*model.parameters(), *model.buffers()]
         devices = {tensor.device for tensor in held}
         yield Receipt(
@@ -81,8 +104,10 @@ class Transformers:
             claim="all of the checkpoint is in memory, and nothing else",
             evidence={
                 "class": type(model).__name__,
-                "tensors in the files": loaded.tensors,
+                "tensors in the files": len(loaded.files),
                 "parameters": model.num_parameters(),
+                "tensors held against the files": len(loaded.proven),
+                "of them changed after loading": checkpoint.some(changed) or 0,
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": ", ".join(sorted(map(str, devices))),
@@ -90,13 +115,15 @@ class Transformers:
             },
             ok={device.type for device in devices} == {session.device.type}
             and not model.training
-            and (loaded.tensors > 0 or self.allow_pickle),
+            and not changed
+            and (len(loaded.files) > 0 or self.allow_pickle),
         )
 
     def _from_pretrained(self, context: LoadContext, folder: Path) -> tuple[Any, dict[str, Any]]:
         import torch
         from transformers import AutoModelForCausalLM
 
+        settings = checkpoint.generation_config(folder, context.config)
         quantized = getattr(context.config, "quantization_config", None)
         options: dict[str, Any] = {}
         if context.attention_implementation is not None:
@@ -111,6 +138,7 @@ class Transformers:
             model, info = auto.from_pretrained(
                 folder,
                 config=context.config,
+                generation_config=settings,
                 dtype=context.dtype,
                 use_safetensors=None if self.allow_pickle else True,
                 weights_only=True,
@@ -125,8 +153,8 @@ class Transformers:
                 hint="quantize=bitsandbytes, or a smaller model",
             ) from error
         except Exception as error:
-            kind = context.config.model_type
-            raise _refused(folder, error, f"transformers cannot load this {kind}", CODE) from error
+            what = f"transformers cannot load this {context.config.model_type}"
+            raise checkpoint.unusable(folder, error, what) from error
         return model, info
 
 
@@ -139,16 +167,41 @@ def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase
                 folder, trust_remote_code=trust_remote_code
             )
     except Exception as error:
-        raise _refused(
-            folder, error, "there is no tokenizer that can be used", TOKENIZER
-        ) from error
+        what = "there is no tokenizer that can be used"
+        raise checkpoint.unusable(folder, error, what, TOKENIZER) from error
     return tokenizer
 
 
-def _refused(folder: Path, error: Exception, what: str, hint: str) -> CheckpointError:
-    first = next(iter(str(error).strip().splitlines()), "")
-    message = f"{what}: {type(error).__name__}: {first}"
-    return CheckpointError(Problem(code="load", message=message, hint=hint, where=str(folder)))
+def _as_in_the_files(
+    model: PreTrainedModel, files: Mapping[str, TensorInfo]
+) -> dict[str, torch.dtype]:
+    """Return the plain parameters of which a row, the middle one, is as in the files."""
+    import torch
+    from safetensors import safe_open
+
+    prefix = f"{model.base_model_prefix}."  # hub checkpoints often leave it out
+    plain = [
+        (name, stored, parameter.detach())
+        for name, parameter in model.named_parameters()
+        if type(parameter.data) is torch.Tensor and parameter.is_floating_point()
+        for stored in (name if name in files else name.removeprefix(prefix),)
+        if stored in files and files[stored].dtype in checkpoint.FLOATS
+        if 0 not in parameter.shape == files[stored].shape != ()
+    ]
+    found = {}
+    for file in {files[stored].file for _, stored, _ in plain}:
+        with safe_open(str(file), framework="pt") as handle:
+            for name, stored, parameter in plain:
+                row = slice(len(parameter) // 2, len(parameter) // 2 + 1)
+                if files[stored].file == file and _same(
+                    handle.get_slice(stored)[row], parameter[row]
+                ):
+                    found[name] = parameter.dtype
+    return found
+
+
+def _same(stored: torch.Tensor, held: torch.Tensor) -> bool:
+    return stored.to(held.dtype).equal(held.cpu())
 
 
 @contextmanager

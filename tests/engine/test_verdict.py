@@ -80,6 +80,14 @@ def test_what_does_not_fit_is_refused_with_its_terms(model: ModelFolder) -> None
         verdict.check(made).raise_for_problems()
 
 
+def test_an_answer_is_priced_to_the_end_of_the_context(model: ModelFolder) -> None:
+    prices = [
+        verdict.check(_compose(model("llama"), f"decode.max_new_tokens={tokens}")).terms
+        for tokens in (128, 100_000_000)
+    ]
+    assert prices[0] == prices[1]
+
+
 def test_a_broken_config_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"config\.json"):

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from engine.errors import CheckpointError
 from engine.plugins.load.transformers import Transformers
 from tests.conftest import Build
+from tests.models import tiny_model
 from tests.plugins.helpers import logits, plain, receipt, verdict
 
 WEIGHTS = "model.safetensors"
@@ -136,7 +137,7 @@ def test_a_model_without_a_language_head_is_refused(build: Build, copied: Path) 
     for load in ("transformers", "random"):
         with pytest.raises(CheckpointError, match="t5") as caught:
             build(f"model.path={copied}", f"load={load}")
-        assert "model.trust_remote_code=true" in caught.value.problems[0].hint
+        assert "take another model" in caught.value.problems[0].hint
 
 
 def test_the_terminal_stays_quiet(
@@ -152,11 +153,41 @@ def test_the_terminal_stays_quiet(
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_weights_that_changed_after_loading_are_no_proof(build: Build, family: str) -> None:
+    session = build(family=family)
+    held = receipt(session, "load").evidence["tensors held against the files"]
+    assert held == len(list(session.model.parameters()))
+    loaded = session.built["load"]
+    name, parameter = next(iter(session.model.named_parameters()))
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.zero_()
+    assert not verdict(Transformers(), session)
+    with torch.no_grad():
+        parameter.copy_(before)
+    assert verdict(Transformers(), session), name
+    session.model.half()
+    assert not verdict(Transformers(), session, built={"load": loaded})
+
+
+def test_a_tensor_that_the_index_lacks_is_told_so(build: Build, tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path, max_shard_size="81KB")
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    del listed["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError) as caught:
+        build(f"model.path={folder}")
+    assert f"1 tensor in the files, but not in {index.name}" in str(caught.value)
+    assert "lm_head.weight" in str(caught.value)
+
+
 def test_what_is_elsewhere_or_trains_is_no_proof(build: Build) -> None:
     session = build()
     assert verdict(Transformers(), session)
     assert not verdict(Transformers(), session, device=torch.device("meta"))
-    empty = SimpleNamespace(tensors=0, checksums=0)
+    empty = SimpleNamespace(files={}, checksums=0, proven={})
     assert not verdict(Transformers(), session, built={"load": empty})
     session.model.train()
     assert not verdict(Transformers(), session)
