@@ -102,9 +102,10 @@ def _larger_tokenizer(folder: Path) -> None:
 
 
 def _generation(values: Any) -> Callable[[Path], None]:
-    return lambda folder: (
-        (folder / "generation_config.json").write_text(json.dumps(values)) and None
-    )
+    def spoil(folder: Path) -> None:
+        (folder / "generation_config.json").write_text(json.dumps(values))
+
+    return spoil
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from engine.errors import CheckpointError
 from engine.plugins.load.random import Random
 from tests.conftest import Build
 from tests.models import FAMILIES
-from tests.plugins.helpers import logits, receipt, relative, verdict
+from tests.plugins.helpers import hints, logits, receipt, relative, shape_of, verdict
 
 DIGEST = "SHA-256 of 1024 values per tensor"
 
@@ -81,3 +82,21 @@ def test_constant_weights_are_no_proof(build: Build) -> None:
     assert not verdict(Random(), session, device=torch.device("meta"))
     torch.nn.init.ones_(embedding.weight)
     assert not verdict(Random(), session)
+
+
+def test_weights_that_changed_after_they_were_made_are_no_proof(build: Build) -> None:
+    session = build("load=random")
+    torch.nn.init.zeros_(session.model.model.norm.weight)
+    assert not verdict(Random(), session)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_biases_that_packed_layers_cast_are_no_change(build: Build, family: str) -> None:
+    assert build("load=random", "quantize=nf4", "model.dtype=bfloat16", family=family).receipts
+    assert build("quantize=nf4", "model.dtype=bfloat16", family=family).receipts
+
+
+def test_a_packed_checkpoint_cannot_be_made_up(model: Callable[[str], Path]) -> None:
+    shape = replace(shape_of(model("llama")), quantization="gptq")
+    assert hints(Random(), shape) == ["load=transformers, or the original checkpoint as model.path"]
+    assert hints(Random(), shape_of(model("llama"))) == hints(Random()) == []
