@@ -61,16 +61,14 @@ class Conversation:
         check_prompt(self._session, ids)
         cache, why_anew = self._cache_for(ids)
         kept = int(cache.get_seq_length()) if cache is not None else 0
-        before = self._session.forwarded_tokens
         room = room_for(self._session, cache, len(ids))
         self.receipt = None
 
-        def finished(new: list[int], text: str) -> None:
+        def finished(new: list[int], text: str, sent: int) -> None:
             self._ids = ids + new
             self._unread = None
             self.messages = [*messages, {"role": "assistant", "content": text}]
             if cache is not None:
-                sent = self._session.forwarded_tokens - before
                 self.receipt = self._prove(len(ids), kept, len(new), sent, why_anew)
 
         self._unread = TextStream(self._session, ids, cache, room=room, finished=finished)

@@ -9,79 +9,13 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from engine.contexts import Figures, Generation, KeyValues, Output, Step
+from engine.detokenize import Detokenizer, StopStrings
 from engine.errors import Problem, RuntimeFailure
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedTokenizerBase
+    from transformers import Cache
 
     from engine.session import Session
-
-CONTEXT_TOKENS = 5
-"""Tokens of the prompt that are decoded along, so that the first new one keeps its space."""
-
-
-class Detokenizer:
-    """Turn token ids into text as they come, never showing half a character.
-
-    A token's text depends on what stands before it, so each is decoded behind the previous ones,
-    and the difference is what it adds.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt[-CONTEXT_TOKENS:])
-        self._start = 0
-        self._shown = len(self._ids)
-
-    def push(self, token: int) -> str:
-        """Return the text that `token` completes, or '' in the middle of a character."""
-        self._ids.append(token)
-        return self._text(final=False)
-
-    def finish(self) -> str:
-        """Return what is left: an incomplete character, shown as U+FFFD."""
-        return self._text(final=True)
-
-    def _text(self, *, final: bool) -> str:
-        before = self._decode(self._ids[self._start : self._shown])
-        now = self._decode(self._ids[self._start :])
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return now[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
-
-
-class StopStrings:
-    """Cut text at the first stop string, holding back what might become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Return what can be shown after `text` arrived."""
-        self._held += text
-        cuts = [self._held.find(stop) for stop in self._stops]
-        if any(cut >= 0 for cut in cuts):
-            self.found = True
-            shown, self._held = self._held[: min(cut for cut in cuts if cut >= 0)], ""
-            return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown = self._held[: len(self._held) - keep]
-        self._held = self._held[len(shown) :]
-        return shown
-
-    def finish(self) -> str:
-        """Return what was held back for nothing."""
-        shown, self._held = self._held, ""
-        return shown
 
 
 class Answer:
@@ -143,14 +77,15 @@ class TextStream:
         cache: Cache | None,
         *,
         room: int,
-        finished: Callable[[list[int], str], None] | None = None,
+        finished: Callable[[list[int], str, int], None] | None = None,
     ) -> None:
         """Prepare to answer.
 
         Args:
             prompt: all tokens of the sequence, those that `cache` holds included.
             room: new tokens that still fit into context and cache.
-            finished: called with new tokens and text, also when the answer was broken off.
+            finished: called with new tokens, text, and how many tokens went through the model for
+                them; also when the answer was broken off.
         """
         self._session = session
         self._prompt = prompt
@@ -196,7 +131,7 @@ class TextStream:
                 )
         finally:
             if self._finished is not None:
-                self._finished(answer.tokens, answer.text)
+                self._finished(answer.tokens, answer.text, clock.forwarded)
 
 
 def answer_batch(session: Session, prompts: list[list[int]]) -> list[Output]:
@@ -366,7 +301,7 @@ class Clock:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._first: float | None = None
-        self._forwarded = 0
+        self.forwarded = 0
         if session.device.type == "cuda":
             import torch
 
@@ -382,7 +317,7 @@ class Clock:
             if isinstance(step, list) and not isinstance(step, Step):
                 step = Step(step, time=time.perf_counter(), forwarded=forwarded)
             if isinstance(step, Step):
-                self._forwarded = step.forwarded
+                self.forwarded = step.forwarded
                 self._first = step.time if self._first is None else self._first
             yield step
             before = self._session.forwarded_tokens
@@ -395,7 +330,7 @@ class Clock:
         return Figures(
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
-            forwarded_tokens=self._forwarded,
+            forwarded_tokens=self.forwarded,
             seconds=ended - self._start,
             time_to_first_token=first - self._start,
             tokens_per_second=(new_tokens - 1) / decoding if new_tokens > 1 and decoding else None,
@@ -415,11 +350,3 @@ def peak_memory_bytes(session: Session) -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0

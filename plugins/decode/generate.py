@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine import hookimpl
 from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt, Step
+from engine.detokenize import Detokenizer, StopStrings
 from engine.errors import Problem, RuntimeFailure
-from engine.generate import Detokenizer, StopStrings
 
 if TYPE_CHECKING:
     import torch
