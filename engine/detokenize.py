@@ -76,6 +76,22 @@ class StopStrings:
         return shown
 
 
+class StopFinder:
+    """Look for stop strings in the new text of one row, so that nothing is generated behind."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stops: list[str]
+    ) -> None:
+        self._text = Detokenizer(tokenizer, prompt)
+        self._stops = StopStrings(stops)
+
+    def push(self, token: int) -> bool:
+        """Tell whether a stop string has come."""
+        if not self._stops.found:
+            self._stops.push(self._text.push(token))
+        return self._stops.found
+
+
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that begins `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):

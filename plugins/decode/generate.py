@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine import hookimpl
 from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt, Step
-from engine.detokenize import Detokenizer, StopStrings
+from engine.detokenize import StopFinder
 from engine.errors import Problem, RuntimeFailure
+from engine.sampling import Sampler
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig
 
     from engine.session import Session
 
@@ -181,7 +182,10 @@ class GenerateDecoder:
         """Return what picks the tokens of one generation; None leaves the likeliest."""
         if self._options.temperature == 0:
             return None
-        return Sampler(self._options, self._context.seed, device)
+        options = self._options
+        return Sampler(
+            options.temperature, options.top_k, options.top_p, self._context.seed, device
+        )
 
     def _finders(self, generation: Generation) -> list[StopFinder]:
         if not self._options.stop:
@@ -213,51 +217,6 @@ class GenerateDecoder:
             )
         finally:
             model.generation_config = own
-
-
-class Sampler:
-    """Leave one token to take, picked with a random state of its own.
-
-    generate() would draw from the process's random state: two sessions at once would disturb each
-    other, and both whoever else draws from it. With the same seed the same tokens are picked.
-    """
-
-    def __init__(self, options: Generate, seed: int, device: torch.device) -> None:
-        import torch
-        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-        self.temperature = options.temperature
-        self.limits: list[Any] = []
-        if options.temperature != 1:
-            self.limits.append(TemperatureLogitsWarper(options.temperature))
-        if options.top_k is not None:
-            self.limits.append(TopKLogitsWarper(options.top_k))
-        if options.top_p is not None and options.top_p < 1:
-            self.limits.append(TopPLogitsWarper(options.top_p))
-        self._random = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores in which the picked token is the likeliest."""
-        for limit in self.limits:
-            scores = limit(ids, scores)
-        picked = scores.softmax(-1).multinomial(1, generator=self._random)
-        return scores.new_zeros(scores.shape).scatter_(1, picked, 1)
-
-
-class StopFinder:
-    """Look for stop strings in the new text of one row, so that nothing is generated behind."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stops: list[str]
-    ) -> None:
-        self._text = Detokenizer(tokenizer, prompt)
-        self._stops = StopStrings(stops)
-
-    def push(self, token: int) -> bool:
-        """Tell whether a stop string has come."""
-        if not self._stops.found:
-            self._stops.push(self._text.push(token))
-        return self._stops.found
 
 
 class _Run:
