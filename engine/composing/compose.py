@@ -250,7 +250,7 @@ class Composing:
                 values[key] = (
                     OmegaConf.to_object(node) if OmegaConf.is_config(node) else config[key]
                 )
-            except Exception as error:
+            except (Exception, SystemExit, GeneratorExit) as error:
                 if key in doubted:  # it may be for want of what was left out
                     continue
                 if isinstance(error, EngineError):
@@ -259,17 +259,19 @@ class Composing:
                     self._note_plugin(key, error)
         return values
 
-    def _note_plugin(self, slot: str, error: Exception) -> None:
+    def _note_plugin(self, slot: str, error: BaseException) -> None:
         """Note what `__post_init__` raised: a ValueError is about the options, else it is a bug."""
         cause = error.__cause__ or error
+        told = isinstance(cause, ValueError)
+        kind = "" if told else f"making it raised {type(cause).__name__}: "
         problem = Problem(
-            message=f"{slot}: {first_line(cause)}",
+            message=f"{slot}: {kind}{first_line(cause)}",
             hint=f"engine show prints the options of {slot}",
             code="value",
             slot=slot if slot in SLOTS else "",
             where=self._mistakes.where((slot,)),
         )
-        if isinstance(cause, ValueError):
+        if told:
             self._mistakes.add(**vars(problem))
         else:
             self._mistakes.take(PluginError(problem))
