@@ -13,7 +13,7 @@ from typing import NoReturn
 import typer
 
 from engine.cli import chat, check, list_, run, show, streams
-from engine.cli.verb import Verb, interrupted
+from engine.cli.verb import Verb, ignore_interrupts
 from engine.errors import EngineError, RuntimeFailure
 
 # A paragraph behind \b keeps its lines, so that a command can be pasted.
@@ -66,6 +66,7 @@ def main() -> None:
         try:
             app()
         finally:
+            ignore_interrupts()
             sys.stdout.flush()  # what fails here can still be told
     except EngineError as error:
         _end(error)
@@ -78,7 +79,6 @@ def main() -> None:
             raise
         _end_unwritten(error)
     except KeyboardInterrupt:
-        interrupted()
         sys.exit(130)
 
 

@@ -50,12 +50,12 @@ class Verb(typer.core.TyperCommand):
                 hint="no plugin and no checkpoint may; choose another, or report it to its author",
             ) from stop
         except KeyboardInterrupt as error:
-            interrupted()
+            ignore_interrupts()
             raise typer.Exit(130) from error
 
 
-def interrupted() -> None:
-    """Let nothing interrupt the end that an interrupt began."""
+def ignore_interrupts() -> None:
+    """Let nothing interrupt the end: it is near, and its exit code is known."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
