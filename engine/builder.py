@@ -52,7 +52,10 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
     progress("finding the model")
     folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=True)
     if folder is None:
-        raise CheckpointError(f"{recipe.model.path} is neither a folder nor at the hub")
+        raise CheckpointError(
+            f"{recipe.model.path} is neither a folder nor at the hub",
+            hint="model.path=FOLDER_OR_HUB_ID",
+        )
     progress("importing torch and transformers")
     source = _read_config(recipe, folder)
     device = _device()

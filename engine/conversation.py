@@ -88,7 +88,7 @@ class Conversation:
                 "new_tokens": new,
                 "forwarded": sent,
             },
-            ok=sent <= total - kept + new and (kept > 0 or why_anew != ""),
+            ok=sent <= total - kept + new,
         )
 
     def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
@@ -133,7 +133,7 @@ class Conversation:
             if grown is not None and grown <= held and held > len(ids):
                 larger = None  # no more is to be had: use what there is to its end
         if larger is None and self._cut(cache, ids):
-            return cache, ""
+            return cache, "" if int(cache.get_seq_length()) else "nothing of it was kept before"
         self._values = larger or self._allocate(max(needed, FIRST_CACHE_TOKENS))
         if larger is not None:
             return self._values.cache, "a larger cache was needed (cache.max_tokens sets its size)"

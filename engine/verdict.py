@@ -128,6 +128,7 @@ def _own(context: CheckContext) -> Iterable[Problem]:
         yield Problem(
             message=f"decode={recipe.choices.get('decode')} has no option max_new_tokens: int, "
             "which every decode plugin must have",
+            hint="decode=generate, or add the option to the plugin",
             code="plugin-contract", slot="decode",
         )  # fmt: skip
     if recipe.model.dtype.value == "bfloat16" and "target.bfloat16" not in target.traits:

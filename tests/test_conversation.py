@@ -9,10 +9,12 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import engine
+from engine.contexts import Generation
 from engine.conversation import Conversation
 from engine.errors import RuntimeFailure
 from engine.generate import capacity
@@ -202,3 +204,33 @@ def test_the_tail_is_tokenized_in_its_place() -> None:
     chat._ids = list(tokenizer("hello")["input_ids"])
     ids = chat._tokens([{"role": "user", "content": "hello"}, {"role": "user", "content": "bye"}])
     assert ids == list(tokenizer("hellobye")["input_ids"])
+
+
+def test_a_turn_after_one_that_never_began_is_no_contradiction(build: Build) -> None:
+    session = build("decode.max_new_tokens=4")
+    chat = Conversation(session)
+    chat.send("never read")
+    for _ in chat.send("hello"):
+        pass
+    assert chat.receipt is not None
+    assert chat.receipt.ok
+    assert chat.receipt.claim.endswith("nothing of it was kept before")
+
+
+def test_feeding_everything_again_is_a_contradiction(build: Build) -> None:
+    session = build("decode.max_new_tokens=4")
+    decoder = session.built["decode"]
+
+    def wasteful(generation: Generation) -> Iterator[list[int]]:
+        with torch.no_grad():
+            session.model(input_ids=generation.input_ids, use_cache=False)
+        yield from list(decoder(generation))
+
+    chat = Conversation(session)
+    for _ in chat.send("hello"):
+        pass
+    session.built["decode"] = lambda generation: map(list, wasteful(generation))
+    for _ in chat.send("and you?"):
+        pass
+    assert chat.receipt is not None
+    assert not chat.receipt.ok

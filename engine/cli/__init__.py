@@ -93,7 +93,10 @@ def _end_unwritten(error: OSError) -> NoReturn:
 
 
 def _not_installed(error: ModuleNotFoundError) -> EngineError:
-    return EngineError(f"{error.name} is not installed: pip install recipe-engine brings it")
+    return EngineError(
+        f"{error.name} is not installed: pip install recipe-engine brings it",
+        hint="pip install recipe-engine; in a checkout: pip install -e .",
+    )
 
 
 def _end(error: EngineError) -> NoReturn:

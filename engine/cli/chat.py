@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from engine.cli import common, streams
-from engine.errors import RuntimeFailure
+from engine.errors import PluginError, RuntimeFailure
 
 if TYPE_CHECKING:
     from engine.contexts import Chat, Output
@@ -71,6 +71,12 @@ def _turn(session: Session, conversation: Chat, message: str, *, json: bool) -> 
 
 def _report(session: Session, conversation: Chat, output: Output, *, json: bool) -> None:
     receipt = conversation.receipt
+    if receipt is not None and not receipt.ok:
+        evidence = ", ".join(f"{key} {value}" for key, value in receipt.evidence.items())
+        raise PluginError(
+            f"cache={receipt.plugin} did not take effect: {receipt.claim}; evidence: {evidence}",
+            hint="cache=dynamic, or report it to the plugin's author",
+        )
     if json:
         receipts = [one for one in [*session.receipts, receipt] if one]
         common.print_json(common.as_json(output, receipts))

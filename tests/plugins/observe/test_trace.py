@@ -70,12 +70,19 @@ def test_paths_that_cannot_be_written_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_no_lines_are_no_proof(tmp_path: Path) -> None:
-    trace = Trace(path=str(tmp_path / "trace.jsonl"))
-    assert not verdict(trace, None)
-    trace.append({"hook": "load"})
+def test_lines_of_other_runs_are_no_proof(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    trace = Trace(path=str(file))
     assert verdict(trace, None)
+    trace.append = lambda entry: None
+    assert file.read_text(encoding="utf-8")
+    assert not verdict(trace, None)
 
 
-def test_a_line_that_cannot_be_written_is_lost_quietly(tmp_path: Path) -> None:
-    Trace(path=str(tmp_path)).append({"hook": "load"})
+def test_a_line_that_cannot_be_written_is_said_to_be_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = Trace(path=str(tmp_path))
+    trace.append({"hook": "load"})
+    assert "observe=trace lost a line" in capsys.readouterr().err
+    assert not verdict(trace, None)
