@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from engine import checkpoint
 from engine.contexts import (
@@ -20,8 +20,10 @@ from engine.contexts import (
     TaskContext,
 )
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
+from engine.masks import with_bias
 from engine.recipe import Recipe
 from engine.session import Session
+from engine.target import Target
 from engine.verdict import check
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import PretrainedConfig
+
+    from engine.contexts import Bias
+    from engine.shape import ModelShape
 
 _numbers = itertools.count()
 
@@ -51,6 +56,9 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
     verdict.raise_for_problems()
     progress("finding the model")
     folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=True)
+    if folder is not None and verdict.shape is None:  # its config.json has come just now
+        verdict = check(recipe)
+        verdict.raise_for_problems()
     if folder is None:
         raise CheckpointError(
             f"{recipe.model.path} is neither a folder nor at the hub",
@@ -59,8 +67,15 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
     progress("importing torch and transformers")
     source = _read_config(recipe, folder)
     device = _device()
+    if verdict.target.kind != device.type:  # what the target can, this machine may not
+        check(recipe, target=Target(name="this machine")).raise_for_problems()
     session = Session(
-        recipe=recipe, hooks=verdict.hooks, source_config=source, config=source, device=device
+        recipe=recipe,
+        hooks=verdict.hooks,
+        source_config=source,
+        config=source,
+        device=device,
+        shape=cast("ModelShape", verdict.shape),
     )
     note = _other_machine(verdict.target.kind, device)
     if note:
@@ -83,7 +98,9 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     quantization = hooks.quantize(
         QuantizeContext(config=session.config, dtype=dtype, device=session.device)
     )
-    attention = hooks.attention(AttentionContext(config=session.config))
+    attention = hooks.attention(
+        AttentionContext(config=session.config, bias=positions.bias, scores=positions.scores)
+    )
     built.update(
         position_encoding=positions, heads=heads, quantize=quantization, attention=attention
     )
@@ -95,9 +112,10 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
             config=session.config,
             dtype=dtype,
             device=session.device,
+            position_encoding=positions,
             heads=heads,
             quantization=quantization,
-            attention_implementation=_register(session, attention),
+            attention_implementation=_register(session, attention, positions.bias),
         )
     )
     session.config = session.model.config
@@ -188,13 +206,19 @@ def _dtype(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> to
     return stored or (torch.float32 if device.type == "cpu" else torch.bfloat16)
 
 
-def _register(session: Session, attention: Attention) -> str | None:
-    """Register a plugin's forward and mask under a name of the session's own."""
-    if attention.forward is None or attention.mask is None:
-        return attention.implementation
+def _register(session: Session, attention: Attention, bias: Bias | None) -> str | None:
+    """Register forward and mask under a name of the session's own; with the bias, if there is one.
+
+    An implementation of transformers that adds no bias goes by its own name.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     one = session.hooks.slot("attention")
+    forward, mask = attention.forward, attention.mask
+    if forward is None or mask is None:
+        if bias is None:
+            return attention.implementation
+        forward, mask = _implementation(session, attention.implementation)
     if "model.attention_interface" not in session.shape.traits:
         raise RecipeError(
             Problem(
@@ -205,7 +229,6 @@ def _register(session: Session, attention: Attention) -> str | None:
                 slot="attention",
             )
         )
-    forward = attention.forward
     # Without 'sdpa', 'flash', 'flex' or '/': transformers gives names with these a meaning.
     name = f"engine:{next(_numbers)}"
 
@@ -215,7 +238,7 @@ def _register(session: Session, attention: Attention) -> str | None:
             return forward(*args, **kwargs)
 
     AttentionInterface.register(name, counted)
-    AttentionMaskInterface.register(name, attention.mask)
+    AttentionMaskInterface.register(name, mask if bias is None else with_bias(mask, bias))
 
     def forget() -> None:
         for interface in (AttentionInterface, AttentionMaskInterface):
@@ -224,6 +247,26 @@ def _register(session: Session, attention: Attention) -> str | None:
 
     session.on_close.append(forget)
     return name
+
+
+def _implementation(session: Session, name: str | None) -> tuple[Any, Any]:
+    """Return forward and mask of an implementation of transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    forwards: Any = cast(Any, AttentionInterface)()
+    masks: Any = cast(Any, AttentionMaskInterface)()
+    if name not in forwards or name not in masks:
+        one = session.hooks.slot("attention")
+        raise RecipeError(
+            Problem(
+                message=f"{one.label} adds no bias to the scores, and position_encoding="
+                f"{session.recipe.choices.get('position_encoding')} needs that",
+                hint="attention=sdpa",
+                code="attention-bias",
+                slot="attention",
+            )
+        )
+    return forwards[name], masks[name]
 
 
 def _counter(session: Session) -> Callable[[Any, Any, dict[str, Any]], None]:

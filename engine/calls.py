@@ -16,6 +16,7 @@ import pluggy
 
 from engine import hookspecs, registry
 from engine.errors import EngineError, PluginError, Problem, RuntimeFailure, nearest
+from engine.rules import Rule
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ PROVIDERS = (
 )
 """Hooks that only the plugin in the slot of the same name may answer."""
 
-COLLECTING = ("check", "estimate", "prepare", "receipts", "observe")
+COLLECTING = ("reshape", "check", "estimate", "prepare", "receipts", "observe")
 
 HOOKS = (*PROVIDERS, *COLLECTING)
 
@@ -177,7 +178,8 @@ class Calls:
                 declared = getattr(one.plugin, name, {})
                 right = isinstance(declared, due) and not isinstance(declared, str)
                 values = declared.values() if isinstance(declared, Mapping) else ()
-                right = right and all(isinstance(word, str) for word in (*declared, *values))
+                right = right and all(isinstance(word, str) for word in declared)
+                right = right and all(isinstance(value, str | Rule) for value in values)
             if not right:
                 self.blame(
                     one,
@@ -186,7 +188,7 @@ class Calls:
                     + (
                         "a tuple of traits was due"
                         if name == "provides"
-                        else "a dict was due: trait → what to type instead"
+                        else "a dict was due: trait → what to type instead, or a Rule"
                     ),
                 )
 
@@ -204,10 +206,14 @@ class Calls:
             found.extend(self._listed(one, hook, result, expected, **fields))
         return found
 
-    def _each(self, hook: str, arguments: Mapping[str, object]) -> Iterator[tuple[Chosen, Any]]:
+    def _each(
+        self, hook: str, arguments: Mapping[str, object], only: Chosen | None = None
+    ) -> Iterator[tuple[Chosen, Any]]:
         # One call per answering plugin, so that each result has a known author; wrappers see each.
         answering = [seat for seat in self._seats(hook) if not seat.wrappers]
         for seat in answering:
+            if only is not None and seat.chosen is not only:
+                continue
             others = [other for other in answering if other is not seat]
             alone = self._manager.subset_hook_caller(hook, others)
             results = self._guarded(seat.chosen, hook, alone, arguments)

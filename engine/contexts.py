@@ -24,12 +24,22 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReshapeContext:
+    """A model's shape, as the choices before this one leave it."""
+
+    recipe: Recipe
+    shape: ModelShape
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckContext:
     """What is known before anything loads, and without torch."""
 
     recipe: Recipe
     shape: ModelShape | None
-    """None when the model's config.json is not on this machine yet."""
+    """As the checkpoint has it; None when its config.json is not on this machine yet."""
+    reshaped: ModelShape | None
+    """As the chosen plugins will leave it: their context, their key/value heads."""
     target: Target
     traits: frozenset[str]
     """Everything that the chosen plugins, the model and the target provide."""
@@ -41,6 +51,7 @@ class EstimateContext:
 
     recipe: Recipe
     shape: ModelShape
+    """As the chosen plugins will leave it."""
     target: Target
     batch: int
     tokens: int
@@ -70,11 +81,31 @@ class PositionContext:
     config: PretrainedConfig
 
 
+Bias = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""Adds to the scores: (query positions `[queries]`, key positions `[keys]`), both counted from the
+first column of the cache, padding included → float32 `[1, heads, queries, keys]`. Only differences
+within a row mean anything: softmax does not see what a whole row has in common."""
+
+Scores = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+"""Replaces the product of queries and keys: (query `[batch, heads, queries, head_dim]`, key
+`[batch, heads, keys, head_dim]`, query positions `[batch, queries]`, key positions `[batch, keys]`,
+both counted from the first real token) → scores `[batch, heads, queries, keys]`, neither scaled
+nor masked."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PositionEncoding:
-    """The config that makes the model encode positions as the recipe says."""
+    """What makes the model encode positions as the recipe says.
+
+    `bias` and `scores` are computed by the attention that the recipe chooses, which must be able
+    to: it says so with the traits `attention.bias` and `attention.scores`.
+    """
 
     config: PretrainedConfig
+    converters: Sequence[WeightConverter] = ()
+    """What changes tables of positions while the weights load."""
+    bias: Bias | None = None
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +142,13 @@ class Quantization:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionContext:
-    """The config as position encoding and heads left it."""
+    """The config as position encoding and heads left it, and what these ask of attention."""
 
     config: PretrainedConfig
+    bias: Bias | None = None
+    """The core adds it to the mask that the plugin gives, which may then be additive (float)."""
+    scores: Scores | None = None
+    """To be called by the plugin's forward, if the plugin provides `attention.scores`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +185,15 @@ class LoadContext:
     config: PretrainedConfig
     dtype: torch.dtype
     device: torch.device
+    position_encoding: PositionEncoding
     heads: Heads
     quantization: Quantization
     attention_implementation: str | None
+
+    @property
+    def converters(self) -> list[WeightConverter]:
+        """Return what to apply to the weights while they load."""
+        return [*self.position_encoding.converters, *self.heads.converters]
 
 
 @dataclass(frozen=True, kw_only=True)

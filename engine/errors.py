@@ -33,11 +33,14 @@ class Problem:
     """The hook point it belongs to, or '' where it belongs to none."""
     where: str = ""
     """`file:line` in a recipe, or the override as typed, or the checkpoint's file."""
+    source: str = ""
+    """Who says so, and when that was seen to hold; '' where no source is needed."""
 
     def __str__(self) -> str:
         place = f" [{self.where}]" if self.where else ""
         hint = f"\n  {self.hint}" if self.hint else ""
-        return f"{self.message}{place}{hint}"
+        source = f"\n  source: {self.source}" if self.source else ""
+        return f"{self.message}{place}{hint}{source}"
 
     def as_dict(self) -> dict[str, str]:
         """Return the fields that `--json` prints."""

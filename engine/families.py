@@ -35,6 +35,8 @@ class Family:
         """Return what its code can do, whatever a config chooses."""
         signs = {
             "model.sdpa": r"^    _supports_sdpa = True",
+            "model.flex": r"^    _supports_flex_attn = True",
+            "model.flash": r"^    _supports_flash_attn = True",
             "model.attention_interface": r"ALL_ATTENTION_FUNCTIONS\.get_interface\(",
             "model.rope": r"ROPE_INIT_FUNCTIONS",
             "model.split_kv": r"self\.k_proj = .*self\.v_proj = ",

@@ -13,10 +13,21 @@ if TYPE_CHECKING:
     from engine import contexts
     from engine.contexts import Receipt, Term
     from engine.session import Session
+    from engine.shape import ModelShape
 
 
 class Hooks(Calls):
     """Ask the chosen plugins."""
+
+    def reshape(self, context: contexts.ReshapeContext) -> ModelShape:
+        """Have every choice change the model's shape, one after the other."""
+        from engine.shape import ModelShape
+
+        for one in self.chosen:
+            for answerer, shape in self._each("reshape", {"context": context}, only=one):
+                self._checked(answerer, "reshape", shape, ModelShape, {})
+                context = replace(context, shape=shape)
+        return context.shape
 
     def check(self, context: contexts.CheckContext) -> list[Problem]:
         """Collect what the plugins find wrong."""
@@ -35,7 +46,13 @@ class Hooks(Calls):
         from engine.contexts import PositionEncoding
 
         return self._provide(
-            "position_encoding", context, PositionEncoding, config=PretrainedConfig
+            "position_encoding",
+            context,
+            PositionEncoding,
+            config=PretrainedConfig,
+            converters=Sequence,
+            bias=Callable | None,
+            scores=Callable | None,
         )
 
     def heads(self, context: contexts.HeadsContext) -> contexts.Heads:

@@ -20,9 +20,11 @@ Option dataclasses hold options only. What a hook returns is kept in `session.bu
 A plugin may state, as class attributes or properties,
 
     provides = ("cache.static",)                    # traits that others may need or exclude
-    needs = {"attention.mask": "attention=sdpa"}    # trait → what to type when it is missing
+    needs = {"attention.bias": "attention=sdpa"}    # trait → what to type when it is missing
     excludes = {"cache.quantized": "cache=dynamic"} # trait → what to type when it is there
     engine_api = ">=1,<2"                           # hook contracts it works with
+
+Where the reason is not plain, an `engine.rules.Rule` stands in place of the hint, with its source.
 
 A choice that changes nothing is an error, unless that is its point and it says so: with the trait
 `<slot>.unchanged` (`quantize`, `heads`, `position_encoding`, `attention`), or `cache.none`.
@@ -61,14 +63,16 @@ if TYPE_CHECKING:
         Quantization,
         QuantizeContext,
         Receipt,
+        ReshapeContext,
         Task,
         TaskContext,
         Term,
     )
     from engine.errors import Problem
     from engine.session import Session
+    from engine.shape import ModelShape
 
-API_VERSION = "1.0"
+API_VERSION = "1.1"
 """Version of this contract. A plugin's `engine_api` is checked against it."""
 
 hookspec = pluggy.HookspecMarker("engine")
@@ -77,6 +81,20 @@ hookimpl = pluggy.HookimplMarker("engine")
 # ---------------------------------------------------------------------------------------------
 # Before anything loads. torch is not imported yet, and must not be.
 # ---------------------------------------------------------------------------------------------
+
+
+@hookspec
+def reshape(context: ReshapeContext) -> ModelShape | None:
+    """Say what the choice makes of the model's shape: fewer key/value heads, a longer context.
+
+    Collecting, one after the other in the order of the slots: each gets what those before made of
+    the shape, and `None` leaves it. Runs first, when config.json is here. Option values that
+    `check` refuses leave the shape alone.
+
+        @hookimpl
+        def reshape(self, context):
+            return dataclasses.replace(context.shape, max_positions=None)
+    """
 
 
 @hookspec

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from engine.contexts import Receipt
 from engine.errors import PluginError, Problem
 from engine.hookspecs import OPTIONAL_SLOTS
+from engine.shape import read_shape
 
 if TYPE_CHECKING:
     import torch
@@ -67,17 +68,31 @@ def _contradictions(session: Session, probe: Probe) -> Iterator[Receipt]:
 
 
 def _position_encoding(session: Session, probe: Probe) -> Iterator[Contradiction]:
-    asked = session.built["position_encoding"].config
+    given = session.built["position_encoding"]
     names = ("rope_parameters", "max_position_embeddings", "alibi")
-    yield from _ignored(asked, session.model.config, names)
-    if _same(asked, session.source_config):
-        yield from _idle(session, "position_encoding")
+    yield from _ignored(given.config, session.model.config, names)
+    if not given.converters and given.bias is given.scores is None:
+        if _same(given.config, session.source_config):
+            yield from _idle(session, "position_encoding")
+        before, after = (_limit(each) for each in (session.source_config, given.config))
+        said = session.shape.max_positions
+        if before != after and said not in (None, after):
+            yield (
+                "its hook reshape tells the context that it makes",
+                {"context before": str(before), "after": str(after), "as told": str(said)},
+            )
 
 
 def _heads(session: Session, probe: Probe) -> Iterator[Contradiction]:
     heads = session.built["heads"]
     names = ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "multi_query")
     yield from _ignored(heads.config, session.model.config, names)
+    made = read_shape(heads.config.to_dict()).kv_heads
+    if made != session.shape.kv_heads:
+        yield (
+            "its hook reshape tells the key/value heads that it makes",
+            {"key/value heads": made, "as told": session.shape.kv_heads},
+        )
     if not heads.converters and _same(heads.config, session.built["position_encoding"].config):
         yield from _idle(session, "heads")
 
@@ -139,6 +154,10 @@ def _ignored(
         wanted, has = getattr(ours, name, None), getattr(theirs, name, None)
         if wanted != has:
             yield f"the model is built with its {name}", {"asked": str(wanted), "model": str(has)}
+
+
+def _limit(config: PretrainedConfig) -> int | None:
+    return read_shape(config.to_dict()).max_positions
 
 
 def _same(one: PretrainedConfig, other: PretrainedConfig) -> bool:

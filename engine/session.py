@@ -37,6 +37,8 @@ class Session:
     config: PretrainedConfig
     """As the hooks left it."""
     device: torch.device
+    shape: ModelShape
+    """As the hook `reshape` left it."""
     built: dict[str, Any] = field(default_factory=lambda: {"observe": {}})
     """Hook → what it returned; for `observe`, what it keeps in `event.kept`."""
     probe: Probe = field(default_factory=Probe)
@@ -86,13 +88,6 @@ class Session:
                 "the session is closed, and its model given back",
                 hint="build it again: engine.build(session.recipe)",
             )
-
-    @cached_property
-    def shape(self) -> ModelShape:
-        """Return what the config says of the model, after the hooks have changed it."""
-        from engine.shape import read_shape
-
-        return read_shape(self.config.to_dict())
 
     @property
     def context_tokens(self) -> int | None:

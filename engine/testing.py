@@ -353,7 +353,11 @@ class PluginContract:
                 recipe = dataclasses.replace(verdict.recipe, **{self.slot: plugin})
                 for traits in (frozenset[str](), frozenset({"nonsense"})):
                     context = CheckContext(
-                        recipe=recipe, shape=shape, target=verdict.target, traits=traits
+                        recipe=recipe,
+                        shape=shape,
+                        reshaped=shape,
+                        target=verdict.target,
+                        traits=traits,
                     )
                     yield context, plugin
 

@@ -10,10 +10,11 @@ from typing import Any
 from engine import checkpoint
 from engine.calls import Chosen
 from engine.checkpoint import TensorInfo
-from engine.contexts import CheckContext, EstimateContext, Term
+from engine.contexts import CheckContext, EstimateContext, ReshapeContext, Term
 from engine.errors import CheckpointError, DoesNotFit, EngineError, Problem, RecipeError
 from engine.hooks import Hooks
 from engine.recipe import Recipe, slots
+from engine.rules import Rule
 from engine.shape import ModelShape, read_shape
 from engine.target import Target, resolve
 
@@ -26,7 +27,7 @@ class Verdict:
     hooks: Hooks
     target: Target
     shape: ModelShape | None
-    """None when the model is not on this machine yet."""
+    """As the choices will leave it; None when the model is not on this machine yet."""
     problems: list[Problem]
     terms: list[Term] = field(default_factory=list)
     """Memory by name, as far as it can be told."""
@@ -48,8 +49,11 @@ class Verdict:
             raise self.error(self.problems)
 
 
-def check(recipe: Recipe) -> Verdict:
+def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     """Judge a recipe by its options, the model's shape, and the target.
+
+    Args:
+        target: another one than the recipe's, as the machine where it is about to be built.
 
     Raises:
         PluginError: when a plugin breaks the hook contract.
@@ -58,21 +62,24 @@ def check(recipe: Recipe) -> Verdict:
         Chosen(slot, recipe.choices.get(slot, slot), plugin)
         for slot, plugin in slots(recipe).items()
     )
-    target = resolve(recipe.target)
+    target = resolve(recipe.target if target is None else target)
     shape, broken = _shape(recipe)
+    reshaped = shape and hooks.reshape(ReshapeContext(recipe=recipe, shape=shape))
     traits = _traits(hooks, shape, target)
-    context = CheckContext(recipe=recipe, shape=shape, target=target, traits=frozenset(traits))
-    problems = [*_own(context), *_unmet(hooks, traits)]
+    context = CheckContext(
+        recipe=recipe, shape=shape, reshaped=reshaped, target=target, traits=frozenset(traits)
+    )
+    problems = [*_own(context), *_unmet(hooks, traits, context)]
     try:
         problems += hooks.check(context)
     except CheckpointError as refusal:  # whether the weights are needed, and fit, `load` knows
         broken = [*broken, *refusal.problems]
     if problems or broken:
         error = RecipeError if problems else CheckpointError
-        return Verdict(recipe, hooks, target, shape, [*problems, *broken], error=error)
+        return Verdict(recipe, hooks, target, reshaped, [*problems, *broken], error=error)
     terms = _terms(hooks, context)
     excess = _excess(terms, target)
-    return Verdict(recipe, hooks, target, shape, excess, terms, error=DoesNotFit)
+    return Verdict(recipe, hooks, target, reshaped, excess, terms, error=DoesNotFit)
 
 
 def _shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
@@ -104,21 +111,28 @@ def _traits(hooks: Hooks, shape: ModelShape | None, target: Target) -> dict[str,
     return found
 
 
-def _unmet(hooks: Hooks, traits: Mapping[str, str]) -> Iterable[Problem]:
+def _unmet(hooks: Hooks, traits: Mapping[str, str], context: CheckContext) -> Iterable[Problem]:
     for one in hooks.chosen:
         name = f"{one.slot}={one.choice}"
-        for trait, hint in getattr(one.plugin, "needs", {}).items():
-            if trait not in traits:
-                yield Problem(
-                    message=f"{name} needs {trait}, and nothing chosen provides it",
-                    hint=hint, code="trait-missing", slot=one.slot,
-                )  # fmt: skip
-        for trait, hint in getattr(one.plugin, "excludes", {}).items():
+        for trait, why in getattr(one.plugin, "needs", {}).items():
+            if trait not in traits and _is_known(trait, context):
+                what = f"{name} needs {trait}, and nothing chosen provides it"
+                yield _refusal(one.slot, "trait-missing", what, why)
+        for trait, why in getattr(one.plugin, "excludes", {}).items():
             if trait in traits:
-                yield Problem(
-                    message=f"{name} does not work with {trait}, which {traits[trait]} provides",
-                    hint=hint, code="trait-excluded", slot=one.slot,
-                )  # fmt: skip
+                what = f"{name} does not work with {trait}, which {traits[trait]} provides"
+                yield _refusal(one.slot, "trait-excluded", what, why)
+
+
+def _is_known(trait: str, context: CheckContext) -> bool:
+    """Tell whether a trait that is not there is missing, or only not read yet."""
+    return context.shape is not None or not trait.startswith("model.")
+
+
+def _refusal(slot: str, code: str, what: str, why: str | Rule) -> Problem:
+    if isinstance(why, Rule):
+        return why.problem(slot, what)
+    return Problem(message=what, hint=why, code=code, slot=slot)
 
 
 def _own(context: CheckContext) -> Iterable[Problem]:
@@ -150,16 +164,16 @@ def _own(context: CheckContext) -> Iterable[Problem]:
 
 
 def _terms(hooks: Hooks, context: CheckContext) -> list[Term]:
-    if context.shape is None:
+    if context.reshaped is None:
         return []
     new: Any = context.recipe.decode
-    tokens, limit = new.max_new_tokens, context.shape.max_positions
-    if limit is not None and "position.extended" not in context.traits:
+    tokens, limit = new.max_new_tokens, context.reshaped.max_positions
+    if limit is not None:
         tokens = min(tokens, limit)  # where the context ends, so does the answer
     return hooks.estimate(
         EstimateContext(
             recipe=context.recipe,
-            shape=context.shape,
+            shape=context.reshaped,
             target=context.target,
             batch=1,
             tokens=tokens,

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class NativeAttention:
     """Leave the model its own default implementation: SDPA where it has that, else eager."""
 
-    provides: ClassVar[tuple[str, ...]] = ("attention.unchanged",)
+    provides: ClassVar[tuple[str, ...]] = ("attention.unchanged", "attention.bias")
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:
-        """Name no implementation."""
-        return Attention()
+        """Name no implementation, but for a bias, which a model's own code may not know."""
+        return Attention(implementation=None if context.bias is None else "sdpa")
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:

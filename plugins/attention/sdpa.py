@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
 from engine.contexts import Attention, AttentionContext, CheckContext, Receipt
@@ -21,6 +21,8 @@ class Sdpa:
     Torch picks the kernel: flash attention (Dao et al. 2022, arXiv 2205.14135) where it can, so
     the scores never are in memory; its 'math' fallback, in plain operators, where it cannot.
     """
+
+    provides: ClassVar[tuple[str, ...]] = ("attention.bias",)
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:

@@ -30,7 +30,7 @@ class Static:
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
         """Refuse lengths that are none, or beyond the model's context."""
-        limit = context.shape.max_positions if context.shape else None
+        limit = context.reshaped.max_positions if context.reshaped else None
         if context.shape is not None and "model.alibi" in context.shape.traits:
             # Its biases are as long as the tokens, the keys as long as the cache: an exception
             # from the middle of the model (transformers 5.23, seen 2026-11-22).
@@ -51,8 +51,7 @@ class Static:
                 f"{SMALLEST} is the least",
                 hint=f"cache.max_tokens={limit or 2048}",
             )
-        # A position encoding may extend the context, by how much is known when it is built.
-        elif limit and self.max_tokens > limit and "position.extended" not in context.traits:
+        elif limit and self.max_tokens > limit:
             yield Problem(
                 slot="cache",
                 code="context",

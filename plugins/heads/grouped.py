@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import checkpoint, hookimpl
-from engine.contexts import CheckContext, Heads, HeadsContext, Receipt
+from engine.contexts import CheckContext, Heads, HeadsContext, Receipt, ReshapeContext
 from engine.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightConverter
 
     from engine.session import Session
+    from engine.shape import ModelShape
 
 
 @dataclass
@@ -71,6 +72,15 @@ class GroupedHeads:
                 message=f"heads=grouped cannot pool weights that are packed ({shape.quantization})",
                 hint="heads=native, or the original checkpoint as model.path",
             )
+
+    @hookimpl
+    def reshape(self, context: ReshapeContext) -> ModelShape | None:
+        """Keep fewer keys and values per token."""
+        shape, wanted = context.shape, self.num_key_value_heads
+        if wanted not in _divisors(shape.kv_heads)[:-1]:
+            return None
+        kept = tuple(values * wanted // shape.kv_heads for values in shape.kv_values)
+        return replace(shape, kv_heads=wanted, kv_values=kept)
 
     @hookimpl
     def heads(self, context: HeadsContext) -> Heads:

@@ -72,9 +72,9 @@ class Transformers:
         if self.scan:
             checkpoint.verify_finite(folder)
         tokenizer = _tokenizer(folder, asked.trust_remote_code)
-        with _LOADING, _quiet(), _registered(context.config, context.heads.converters):
+        with _LOADING, _quiet(), _registered(context.config, context.converters):
             model, info = self._from_pretrained(context, folder)
-        reshaped = [p for each in context.heads.converters for p in each.source_patterns]
+        reshaped = [p for each in context.converters for p in each.source_patterns]
         packed = context.quantization.config or config.get("quantization_config")
         if config.get("quantization_config") is None:
             checkpoint.verify_dtypes(folder, tensors, model)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from engine import hookimpl
-from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt
+from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt, ReshapeContext
 from engine.errors import Problem, RecipeError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from engine.session import Session
+    from engine.shape import ModelShape
 
 
 @dataclass
@@ -34,7 +35,6 @@ class Yarn:
     attention_factor: float | None = None
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    provides: ClassVar[tuple[str, ...]] = ("position.extended",)
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
@@ -69,6 +69,14 @@ class Yarn:
                     message=f"position_encoding.{name}={getattr(self, name)} {why}",
                     hint=f"position_encoding.{name}={hint}",
                 )
+
+    @hookimpl
+    def reshape(self, context: ReshapeContext) -> ModelShape | None:
+        """Make the context longer."""
+        original = self.original_max_position_embeddings or context.shape.max_positions
+        if original is None or self.factor <= 1:
+            return None
+        return replace(context.shape, max_positions=int(original * self.factor))
 
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:

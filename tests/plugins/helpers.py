@@ -33,7 +33,9 @@ def refusals(
     """Return what a plugin's check finds; each problem has slot, code and something to type."""
     recipe: Any = SimpleNamespace()
     target: Any = SimpleNamespace(traits=frozenset())
-    context = CheckContext(recipe=recipe, shape=shape, target=target, traits=frozenset(traits))
+    context = CheckContext(
+        recipe=recipe, shape=shape, reshaped=shape, target=target, traits=frozenset(traits)
+    )
     check = getattr(plugin, "refuse_path", None) or plugin.check
     found = list(check(context))
     assert all(problem.slot and problem.code and problem.hint for problem in found)

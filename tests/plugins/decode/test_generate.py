@@ -48,7 +48,9 @@ def hints(plugin: Generate, seed: int = 0) -> list[str]:
     """Return what a plugin's check says to type instead."""
     recipe: Any = SimpleNamespace(seed=seed)
     target: Any = None
-    context = CheckContext(recipe=recipe, shape=None, target=target, traits=frozenset())
+    context = CheckContext(
+        recipe=recipe, shape=None, reshaped=None, target=target, traits=frozenset()
+    )
     return [problem.hint for problem in plugin.check(context)]
 
 
