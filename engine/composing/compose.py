@@ -25,7 +25,7 @@ from engine.composing.judging import judge
 from engine.composing.library import Library, config_name
 from engine.composing.mistakes import CHOICES, Mistakes, first_line, options
 from engine.composing.source import MAX_REFERENCES, TOO_MANY_REFERENCES, Keys
-from engine.errors import EngineError, PluginError, Problem, choices_hint
+from engine.errors import EngineError, PluginError, Problem, RecipeError, choices_hint
 from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
 
 
@@ -48,7 +48,7 @@ class Composing:
         self._mistakes = Mistakes(str(library.files("")[name]), library.owners)
         self._overrides, problems = overrides.parse(lines)
         for problem in problems:
-            self._mistakes.add(**vars(problem))
+            self._mistakes.take(RecipeError(problem))
             self._mistakes.bad.update(overrides.key_of(problem.where))
             if problem.where.lstrip("+~").partition("=")[0] == problem.slot:
                 self._mistakes.lost.add(problem.slot)
@@ -272,7 +272,7 @@ class Composing:
             where=self._mistakes.where((slot,)),
         )
         if told:
-            self._mistakes.add(**vars(problem))
+            self._mistakes.take(RecipeError(problem))
         else:
             self._mistakes.take(PluginError(problem))
 
