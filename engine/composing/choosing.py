@@ -13,7 +13,7 @@ from engine.composing import overrides
 from engine.composing.defaults import Entry
 from engine.composing.library import Library, Repository, Shelf, config_name
 from engine.composing.mistakes import CHOICES, Mistakes, first_line
-from engine.errors import EngineError
+from engine.errors import EngineError, RecipeError
 from engine.hookspecs import SLOTS
 
 MAX_ROUNDS = 10
@@ -60,7 +60,7 @@ class _Choosing:
             except EngineError as error:
                 self._note_files(shelf)
                 for problem in error.problems:
-                    self._mistakes.add(**vars(replace(problem, where=self._mistakes.file)))
+                    self._mistakes.take(RecipeError(replace(problem, where=self._mistakes.file)))
                 break
             except Exception as error:  # whatever Hydra says: a line of the recipe is the reason
                 self._leave_out(shelf, error)
@@ -137,7 +137,7 @@ class _Choosing:
     def _note_files(self, shelf: Shelf) -> None:
         for config, part in shelf.parts.items():
             for problem in part.problems:
-                self._mistakes.add(**vars(problem))
+                self._mistakes.take(RecipeError(problem))
             if part.problems and not part.values:
                 self._mistakes.lost.add(config.rpartition("/")[0])
             self._mistakes.whole = self._mistakes.whole and not part.problems

@@ -25,7 +25,7 @@ def judge(values: dict[str, Any], choices: dict[str, str], mistakes: Mistakes) -
         # Whatever it stumbles over may be the mistakes' fault, and those are told anyway.
         return
     for problem in found:
-        mistakes.add(**vars(problem))
+        mistakes.take(RecipeError(problem))
 
 
 def _found(
