@@ -31,6 +31,9 @@ TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config"
 WITHOUT_KEYS = frozenset({"linear_attention", "conv", "recurrent", "dummy", "moe", "mlp"})
 """Layer types that keep no keys and values per token."""
 
+RECURRENT = frozenset({"linear_attention", "conv", "recurrent"})
+"""Layer types that keep a state: it cannot be cut back, and padding would enter it."""
+
 WINDOWED = frozenset({"sliding_attention", "chunked_attention", "hybrid_sliding"})
 
 LEGACY_LAYER_TYPES = {
@@ -381,8 +384,14 @@ class _Reader:
         yield from self.family.traits - {"model.rope", "model.split_kv"}
         if position == "rope" and "model.rope" in self.family.traits:
             yield "model.rope"
-        if position == "alibi":
-            yield "model.alibi"
+        if position in ("alibi", "sinusoidal"):
+            yield f"model.{position}"
+        if position == "learned":
+            yield "model.learned_positions"
+        if RECURRENT.intersection(layer_types):
+            yield "model.recurrent"
+        if self.get("num_experts", "num_local_experts", "n_routed_experts"):
+            yield "model.moe"
         if WINDOWED.intersection(layer_types):
             yield "model.sliding"
         if self.get("attn_logit_softcapping"):

@@ -33,6 +33,7 @@ CHAT_TEMPLATE = (
 )
 
 _GROUPED: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
 
 _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GROUPED),
@@ -56,6 +57,72 @@ _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {}),
     "falcon": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
     "falcon-rotary": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "mpt": ("mpt", {"max_seq_len": CONTEXT, "expansion_ratio": 2}),
+    "starcoder2": ("starcoder2", _GROUPED),
+    "olmo2": ("olmo2", _GROUPED),
+    # Scores are capped (gemma2), learned sinks take part in the softmax (gpt_oss).
+    "gemma2": (
+        "gemma2",
+        {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16},
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **_GROUPED,
+            **_EXPERTS,
+            "num_local_experts": 4,
+            "head_dim": 16,
+            "sliding_window": 16,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": CONTEXT // 4,
+            },
+        },
+    ),
+    "mixtral": ("mixtral", {**_GROUPED, **_EXPERTS, "num_local_experts": 4}),
+    # Keys and values are kept as one latent vector per token (MLA).
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_EXPERTS,
+            "intermediate_size": 128,
+            "moe_intermediate_size": 32,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    # Layers that keep a state instead of keys and values.
+    "lfm2": (
+        "lfm2",
+        {**_GROUPED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **_GROUPED,
+            **_EXPERTS,
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
 }
 
 FAMILIES = tuple(_SHAPES)
