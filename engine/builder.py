@@ -21,6 +21,7 @@ from engine.contexts import (
 )
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
 from engine.masks import with_bias
+from engine.probe import failing_together
 from engine.recipe import Recipe
 from engine.session import Session
 from engine.target import Target
@@ -131,7 +132,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     )
     built["task"] = hooks.task(TaskContext(session=session))
     progress("proving each choice")
-    with hooks.blaming(hooks.slot("task"), "task"):
+    with failing_together(session), hooks.blaming(hooks.slot("task"), "task"):
         session.task.probe()
     session.collect_receipts()
     session.observe("built", recipe=recipe.name, digest=recipe.digest)

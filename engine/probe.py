@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import Problem, RuntimeFailure
+from engine.errors import PluginError, Problem, RuntimeFailure
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -71,3 +75,47 @@ def probe_model(session: Session) -> Probe:
             )
         )
     return found
+
+
+@contextmanager
+def failing_together(session: Session) -> Iterator[None]:
+    """Take the blame from the task for what fails inside of the model: it only called it.
+
+    Raises:
+        RuntimeFailure: when the model's own code failed, and no other plugin's.
+    """
+    try:
+        yield
+    except PluginError as refusal:
+        error = refusal.__cause__
+        place = error and _place_in_model(session, error)
+        if not place or refusal.problems[0].slot != "task":
+            raise
+        choices = " ".join(f"{slot}={name}" for slot, name in session.recipe.choices.items())
+        what = next(iter(str(error).splitlines()), "")
+        raise RuntimeFailure(
+            Problem(
+                message=f"this combination fails in {place}: {type(error).__name__}: {what:.300} "
+                f"({choices})",
+                hint="change one choice at a time to find the pair; and report it, with this "
+                "message: `engine check` should have refused it",
+                code="probe-failed",
+            )
+        ) from error
+
+
+def _place_in_model(session: Session, error: BaseException) -> str:
+    """Return where in the model's code an error arose; '' when the model was not running."""
+    frames = list(walk_tb(error.__traceback__))
+    model = session.model
+    entered = [n for n, (frame, _) in enumerate(frames) if frame.f_locals.get("self") is model]
+    if not entered:
+        return ""
+    code = ("transformers.", type(model).__module__)
+    own = [
+        (frame, line)
+        for frame, line in frames[entered[0] :]
+        if str(frame.f_globals.get("__name__", "")).startswith(code)
+    ]
+    frame, line = own[-1] if own else frames[-1]
+    return f"{Path(frame.f_code.co_filename).name}:{line} ({frame.f_code.co_qualname})"
