@@ -258,21 +258,36 @@ class Generation:
 class Step(list[int]):
     """The `batch` token ids of one step, with what was measured when they were made."""
 
-    __slots__ = ("forwarded", "time")
+    __slots__ = ("accepted", "discarded", "drafted", "forwarded", "time")
 
-    def __init__(self, ids: Iterable[int], *, time: float, forwarded: int) -> None:
+    def __init__(
+        self,
+        ids: Iterable[int],
+        *,
+        time: float,
+        forwarded: int,
+        drafted: int | None = None,
+        accepted: int | None = None,
+        discarded: int = 0,
+    ) -> None:
         super().__init__(ids)
         self.time = time
-        """`time.perf_counter()` when they were made, which may be long before they are read."""
+        """`time.perf_counter()` when they were made, less what their reader has taken of it."""
         self.forwarded = forwarded
         """Tokens that this generation has sent through the model until then."""
+        self.drafted = drafted
+        """Tokens that were guessed until then, for the model to verify; None where none are."""
+        self.accepted = accepted
+        """How many of these the model would have said itself."""
+        self.discarded = discarded
+        """Tokens among those forwarded that are in no answer: rejected drafts, other beams."""
 
 
 Decoder = Callable[[Generation], Iterator[list[int]]]
 """Yields a list of `batch` token ids per step; a finished sequence yields padding.
 
-A decoder that works ahead of its reader, in a thread, yields a `Step`, so that neither the reader's
-pace nor another run counts as its own. A plain list is measured when it arrives.
+A decoder yields a `Step` when it knows better than its reader what a step has cost: neither the
+reader's pace nor another run counts as its own. A plain list is measured when it arrives.
 """
 
 
@@ -304,6 +319,10 @@ class Figures:
     """New tokens after the first, per second; None when there was only one."""
     peak_memory_bytes: int
     """Peak of the device's allocator on a GPU, of the whole process on a CPU."""
+    drafted_tokens: int | None = None
+    """Tokens that a draft guessed for the model to verify; None where nothing is drafted."""
+    accepted_tokens: int | None = None
+    """How many of these the model would have said itself."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -85,7 +85,7 @@ class TextStream:
             prompt: all tokens of the sequence, those that `cache` holds included.
             room: new tokens that still fit into context and cache.
             finished: called with new tokens, text, and how many tokens went through the model for
-                them; also when the answer was broken off.
+                them, less what was tried and discarded; also when the answer was broken off.
         """
         self._session = session
         self._prompt = prompt
@@ -131,7 +131,7 @@ class TextStream:
                 )
         finally:
             if self._finished is not None:
-                self._finished(answer.tokens, answer.text, clock.forwarded)
+                self._finished(answer.tokens, answer.text, clock.forwarded - clock.discarded)
 
 
 def answer_batch(session: Session, prompts: list[list[int]]) -> list[Output]:
@@ -302,6 +302,7 @@ class Clock:
         self._session = session
         self._first: float | None = None
         self.forwarded = 0
+        self.discarded = 0
         if session.device.type == "cuda":
             import torch
 
@@ -317,7 +318,7 @@ class Clock:
             if isinstance(step, list) and not isinstance(step, Step):
                 step = Step(step, time=time.perf_counter(), forwarded=forwarded)
             if isinstance(step, Step):
-                self.forwarded = step.forwarded
+                self.forwarded, self.discarded = step.forwarded, step.discarded
                 self._first = step.time if self._first is None else self._first
             yield step
             before = self._session.forwarded_tokens
@@ -335,6 +336,8 @@ class Clock:
             time_to_first_token=first - self._start,
             tokens_per_second=(new_tokens - 1) / decoding if new_tokens > 1 and decoding else None,
             peak_memory_bytes=peak_memory_bytes(self._session),
+            drafted_tokens=None if last is None else last.drafted,
+            accepted_tokens=None if last is None else last.accepted,
         )
 
 

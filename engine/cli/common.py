@@ -149,6 +149,8 @@ def figures_line(figures: Figures, reason: str, device: str) -> str:
         f"{figures.forwarded_tokens} forwarded",
         f"first token {figures.time_to_first_token * 1000:.0f} ms",
     ]
+    if figures.drafted_tokens is not None:
+        parts.append(f"{figures.accepted_tokens} of {figures.drafted_tokens} drafts accepted")
     if figures.tokens_per_second is not None:
         parts.append(f"{figures.tokens_per_second:.1f} tokens/s")
     whose = "of the process" if device == "cpu" else f"on {device}"
