@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
 from engine import hookimpl, recipe, verdict
-from engine.contexts import EstimateContext, Term
-from engine.errors import CheckpointError, DoesNotFit, RecipeError
+from engine.contexts import EstimateContext, ReshapeContext, Term
+from engine.errors import CheckpointError, DoesNotFit, PluginError, RecipeError
 from engine.recipe import Recipe
+from engine.rules import Rule
+from engine.shape import ModelShape
+from engine.target import Target
+from tests.models import CONTEXT
 
 ModelFolder = Callable[[str], Path]
 
@@ -44,6 +48,78 @@ def test_traits_are_held_against_each_other(model: ModelFolder) -> None:
     assert [problem.code for problem in found.problems] == ["trait-missing", "trait-excluded"]
     assert "cache=dynamic" in found.problems[0].hint
     assert "the model" in found.problems[1].message
+
+
+RULE = Rule(
+    code="words-and-rotation",
+    why="words turn sour when rotated",
+    hint="another model",
+    source="a wise woman",
+    seen="wisdom 1.0, 2026-11-22",
+)
+
+
+@dataclass
+class Ruled:
+    """Exclude what is there, and say who says so; need what only a model could have."""
+
+    excludes: ClassVar[dict[str, Rule]] = {"model.rope": RULE}
+    needs: ClassVar[dict[str, str]] = {"model.wings": "another model"}
+
+
+def test_a_rule_is_refused_with_its_source(model: ModelFolder) -> None:
+    made = _compose(model("llama"))
+    made.attention = Ruled()
+    missing, ruled = verdict.check(made).problems
+    assert missing.code == "trait-missing"
+    assert ruled.code == RULE.code
+    assert RULE.why in ruled.message
+    assert "a wise woman (wisdom 1.0, 2026-11-22)" in str(ruled)
+
+
+def test_what_a_model_lacks_is_not_known_before_its_config_is_here() -> None:
+    made = recipe.compose("base", ["model.path=some-org/some-model"])
+    made.attention = Ruled()
+    assert verdict.check(made).ok
+
+
+@dataclass
+class Longer:
+    """Make the context longer."""
+
+    by: int = 1
+
+    @hookimpl
+    def reshape(self, context: ReshapeContext) -> ModelShape:
+        """Add to what those before made of it."""
+        assert context.shape.max_positions is not None
+        return replace(context.shape, max_positions=context.shape.max_positions + self.by)
+
+
+def test_choices_reshape_the_model_one_after_the_other(model: ModelFolder) -> None:
+    made = _compose(model("llama"))
+    made.attention, made.observe = Longer(1), Longer(10)
+    found = verdict.check(made).shape
+    assert found is not None
+    assert found.max_positions == CONTEXT + 11
+
+
+def test_a_reshape_of_another_type_is_blamed(model: ModelFolder) -> None:
+    made = _compose(model("llama"))
+    made.observe = Longer()
+    answer: Any = 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Longer, "reshape", hookimpl(lambda self, context: answer))
+        with pytest.raises(PluginError, match=r"reshape.*gave a int"):
+            verdict.check(made)
+
+
+def test_another_target_is_judged_instead(model: ModelFolder) -> None:
+    made = _compose(model("llama"), "target=h100", "model.dtype=bfloat16")
+    assert verdict.check(made).ok
+    old = Target(name="old", kind="cuda", capability="7.5", usable_gib=15)
+    found = verdict.check(made, target=old)
+    assert [problem.code for problem in found.problems] == ["dtype"]
 
 
 def test_bfloat16_is_refused_where_there_is_none(model: ModelFolder) -> None:

@@ -1,0 +1,409 @@
+"""Try a combination of choices, and hold it against plain transformers, eager, float32.
+
+A cell is a family of models and the choices that differ from the base recipe. It is
+
+*right*     every token is one that the reference would give, or as likely within the stated error;
+*refused*   `engine.check` says why, before anything loads;
+*wrong*     the tokens are others;
+*late*      the build or the run fails after `check` had nothing to say.
+
+The reference recomputes everything for each token, in a model of transformers that has the built
+session's config and the numbers that its weights stand for. What a choice does to scores and masks
+(windows, sinks, biases, groups) is written out once more here, as naively as it can be.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import eager_mask
+
+import engine
+from engine import registry
+from engine.errors import EngineError
+from engine.hookspecs import SLOTS
+from engine.session import Session
+from tests.models import FAMILIES
+
+EXACT = 2e-3
+"""How far below the likeliest a token's logit may be, in standard deviations of the logits."""
+
+NEW = 10
+PROMPTS = ("def add(a, b):", "once upon a time there was a model of two layers", "x")
+BEYOND = "long ago, before any of this was written down, " * 4
+"""More tokens than the tiny models were made for; asked where a choice extends the context."""
+
+WINDOW, SINKS = 16, 4
+
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "heads=grouped": {"": ("heads.num_key_value_heads=1",)},
+    "quantize=bitsandbytes": {
+        "nf4": ("quantize.quant_type=nf4", "quantize.compute_dtype=float32"),
+        "fp4": ("quantize.quant_type=fp4", "quantize.compute_dtype=float32"),
+        "int8": ("quantize.bits=8",),
+    },
+    "attention=window": {"": (f"attention.size={WINDOW}",)},
+    "attention=sinks": {"": (f"attention.sinks={SINKS}", f"attention.window={WINDOW}")},
+    "cache=sliding": {"": (f"cache.window={WINDOW}",)},
+    "cache=sinks": {"": (f"cache.sinks={SINKS}", f"cache.window={WINDOW}")},
+}
+"""Options that a choice is tried with, by label; without an entry, its defaults."""
+
+BASE = {
+    "load": "transformers",
+    "quantize": "none",
+    "heads": "native",
+    "position_encoding": "native",
+    "attention": "native",
+    "cache": "dynamic",
+    "decode": "generate",
+    "task": "text-generation",
+}
+
+TOLERANCE: dict[str, float] = {
+    "quantize=bitsandbytes int8": 0.5,  # activations are rounded to 8 bits, too
+}
+"""For choices that compute in fewer bits than they are compared in, by name."""
+
+SKIPPED: dict[str, str] = {}
+"""Choices that are not tried here, and where they are instead."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A choice with options."""
+
+    slot: str
+    choice: str
+    label: str
+    options: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Return what tables call it."""
+        return f"{self.slot}={self.choice}" + (f" {self.label}" if self.label else "")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Return it as overrides."""
+        return (f"{self.slot}={self.choice}", *self.options)
+
+    @property
+    def tolerance(self) -> float:
+        """Return how far off its tokens may be."""
+        return TOLERANCE.get(self.name, TOLERANCE.get(f"{self.slot}={self.choice}", EXACT))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A family and the choices that differ from the base."""
+
+    family: str
+    variants: tuple[Variant, ...]
+
+    @property
+    def name(self) -> str:
+        """Return what identifies it."""
+        return " + ".join((self.family, *(variant.name for variant in self.variants)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a cell."""
+
+    verdict: str
+    """'right', 'refused', 'wrong' or 'late'."""
+    why: str = ""
+    code: str = ""
+
+
+def variants() -> list[Variant]:
+    """Return every shipped choice that is not the base's, with the options it is tried with."""
+    found = []
+    for slot in SLOTS:
+        for choice, claims in sorted(registry.installed()[slot].items()):
+            ours = any(claim.distribution.startswith("recipe-engine ") for claim in claims)
+            name = f"{slot}={choice}"
+            if ours and slot in BASE and BASE[slot] != choice and name not in SKIPPED:
+                for label, options in VARIANTS.get(name, {"": ()}).items():
+                    found.append(Variant(slot, choice, label, options))
+    return found
+
+
+def pairs(families: Sequence[str] = FAMILIES) -> Iterator[Cell]:
+    """Yield each choice alone and each pair of choices for two slots, on each family."""
+    every = variants()
+    for family in families:
+        for one in every:
+            yield Cell(family, (one,))
+        for one, other in combinations(every, 2):
+            if one.slot != other.slot:
+                yield Cell(family, (one, other))
+
+
+def combos(count: int, seed: int = 0, families: Sequence[str] = FAMILIES) -> Iterator[Cell]:
+    """Yield full recipes: a choice drawn for every slot, and a family."""
+    draw = random.Random(seed)
+    slots = {slot: [each for each in variants() if each.slot == slot] for slot in BASE}
+    for _ in range(count):
+        drawn = (draw.choice([None, *slots[slot]]) for slot in slots)
+        chosen = tuple(each for each in drawn if each is not None)
+        yield Cell(draw.choice(families), chosen)
+
+
+def sample(count: int) -> list[Cell]:
+    """Return some of the pairs, spread evenly and always the same."""
+    every = sorted(pairs(), key=lambda cell: hashlib.sha256(cell.name.encode()).digest())
+    return every[:count]
+
+
+def judge(cell: Cell, folder: Path) -> Result:
+    """Check, build and run a cell on the tiny model in `folder`."""
+    words = [f"model.path={folder}", "model.dtype=float32", f"decode.max_new_tokens={NEW}"]
+    words += [word for variant in cell.variants for word in variant.words]
+    recipe = engine.compose("base", words)
+    verdict = engine.check(recipe)
+    if not verdict.ok:
+        why = " | ".join(problem.message for problem in verdict.problems)
+        return Result("refused", why, verdict.problems[0].code)
+    try:
+        with engine.build(recipe) as session:
+            return _compare(cell, session, folder)
+    except EngineError as error:
+        return Result("late", str(error), error.problems[0].code)
+    except Exception as error:
+        return Result("late", f"{type(error).__name__}: {error}", "bug")
+
+
+def _compare(cell: Cell, session: Session, folder: Path) -> Result:
+    prompts = list(PROMPTS)
+    source = 128
+    room = session.context_tokens
+    if room is None or room > source + 2 * NEW:
+        prompts.append(BEYOND)
+    alone = [session.generate(prompt) for prompt in prompts]
+    together = session.generate(prompts)
+    plain = Plain(session, cell)
+    tolerance = max([EXACT, *(variant.tolerance for variant in cell.variants)])
+    if why := plain.unlike(folder):
+        return Result("wrong", why)
+    for kind, outputs in (("alone", alone), ("in a batch", together)):
+        for prompt, output in zip(prompts, outputs, strict=True):
+            ids = list(session.tokenizer(prompt)["input_ids"])
+            if len(output.token_ids) != NEW and output.token_ids[-1:] != [2]:
+                return Result("wrong", f"{len(output.token_ids)} tokens, not {NEW}, {kind}")
+            if "decode.beam" in getattr(session.recipe.decode, "provides", ()):
+                gap = plain.beam_gap(ids, output.token_ids, session.recipe.decode)
+            else:
+                gap = plain.gap(ids, output.token_ids)
+            if not gap <= tolerance:
+                return Result("wrong", f"{prompt[:16]!r} {kind}: {gap:.4f} > {tolerance}")
+    return Result("right")
+
+
+class Plain:
+    """A model of transformers with a session's config and weights, and the rest by hand."""
+
+    def __init__(self, session: Session, cell: Cell) -> None:
+        """Copy config and weights; what the weights stand for, where they are packed."""
+        self.session = session
+        config = copy.deepcopy(session.model.config)
+        rope = str(getattr(config.get_text_config(), "rope_parameters", ""))
+        self._grows = "'dynamic'" in rope or "'longrope'" in rope
+        own = "model.attention_interface" in session.shape.traits
+        # Falcon with ALiBi is wrong in eager, see tests/test_equality.py.
+        usual = "sdpa" if session.shape.model_type == "falcon" else "eager"
+        config._attn_implementation = "byhand" if own else usual
+        config.__dict__.pop("quantization_config", None)
+        auto: Any = AutoModelForCausalLM
+        AttentionInterface.register("byhand", _attention)
+        AttentionMaskInterface.register("byhand", eager_mask)
+        self.model = auto.from_config(config, dtype=torch.float32).eval()
+        self.weights = numbers(session.model)
+        self.model.load_state_dict(self.weights, strict=False)
+        missing = set(self.model.state_dict()) - set(self.weights)
+        assert not missing, f"the reference lacks {sorted(missing)[:3]}"
+        self.model.tie_weights()
+        _Hand.positions = session.built["position_encoding"]
+        _Hand.windows = _windows(cell)
+        _Hand.kinds = session.shape.layer_types
+
+    def unlike(self, folder: Path) -> str:
+        """Return how the weights differ from those of the checkpoint, pooled by hand; '' if not."""
+        if type(self.session.recipe.load).__name__ == "Random":
+            return ""
+        quantized = type(self.session.recipe.quantize).__name__ != "Unquantized"
+        for name, stored in _checkpoint(folder).items():
+            found = self.weights.get(name)
+            if found is None:
+                return f"{name} is gone"
+            if found.shape != stored.shape and name.endswith(
+                (".k_proj.weight", ".v_proj.weight", ".k_proj.bias", ".v_proj.bias")
+            ):
+                dim = self.session.shape.head_dim
+                groups = found.shape[0] // dim
+                stored = stored.reshape(groups, -1, dim, *stored.shape[1:]).mean(1).flatten(0, 1)
+            if found.shape != stored.shape:
+                continue  # a table of positions that was stretched
+            away = float((found - stored).norm() / (stored.norm() + 1e-9))
+            zeroed = not found.any() and name.rpartition(".")[0].endswith(
+                ("wpe", "embed_positions")
+            )
+            if away > (0.25 if quantized else 1e-6) and not zeroed:
+                return f"{name} is {away:.4f} away from the checkpoint's"
+        return ""
+
+    @torch.no_grad()
+    def logits(self, prompt: list[int], new: list[int]) -> torch.Tensor:
+        """Return the logits that each new token was drawn from, `[new tokens, vocabulary]`."""
+        ids = [*prompt, *new[:-1]]
+        if not self._grows:
+            return self._pass(ids)[len(prompt) - 1 :]
+        # Its frequencies depend on how long the text is: each token has a text of its own.
+        return torch.stack([self._pass(ids[: len(prompt) + i])[-1] for i in range(len(new))])
+
+    def _pass(self, ids: list[int]) -> torch.Tensor:
+        given = torch.tensor([ids])
+        found = self.model(
+            input_ids=given, attention_mask=torch.ones_like(given), use_cache=False
+        ).logits
+        return found[0].float()  # type: ignore[no-any-return]
+
+    def gap(self, prompt: list[int], new: list[int]) -> float:
+        """Return how much less likely than the likeliest a token was, at worst."""
+        logits = self.logits(prompt, new)
+        taken = logits.gather(1, torch.tensor(new)[:, None])[:, 0]
+        gaps = (logits.amax(1) - taken) / logits.std(1)
+        return float(gaps.max()) if bool(gaps.isfinite().all()) else math.nan
+
+    @torch.no_grad()
+    def beam_gap(self, prompt: list[int], new: list[int], options: Any) -> float:
+        """Return how much less likely a text is than the one that plain beam search finds."""
+        given = torch.tensor([prompt])
+        found = self.model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=NEW, do_sample=False,
+            num_beams=options.num_beams, use_cache=False,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        return max(0.0, self._likelihood(prompt, found) - self._likelihood(prompt, new))
+
+    def _likelihood(self, prompt: list[int], new: list[int]) -> float:
+        likely = self.logits(prompt, new).log_softmax(-1)
+        return float(likely.gather(1, torch.tensor(new)[:, None]).sum())
+
+
+def numbers(model: Any) -> dict[str, torch.Tensor]:
+    """Return a state dict in float32, of what the weights stand for."""
+    found = {}
+    for name, module in model.named_modules():
+        for leaf, tensor in module.named_parameters(recurse=False):
+            found[f"{name}.{leaf}" if name else leaf] = _plain(module, leaf, tensor)
+        for leaf, tensor in module.named_buffers(recurse=False):
+            if leaf not in module._non_persistent_buffers_set:
+                found[f"{name}.{leaf}" if name else leaf] = tensor.detach().clone().float()
+    head = model.get_output_embeddings()
+    if head is not None and model.config.get_text_config().tie_word_embeddings:
+        found["lm_head.weight"] = found.get(
+            "lm_head.weight", model.get_input_embeddings().weight.detach().float()
+        )
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _plain(module: Any, leaf: str, parameter: Any) -> Any:
+    tensor = parameter.detach()
+    kind = type(module).__name__
+    if leaf == "weight" and kind == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(tensor.data, module.weight.quant_state).float()
+    if leaf == "weight" and kind == "Linear8bitLt":
+        scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+        return tensor.float() * scales[:, None].float() / 127
+    if hasattr(tensor, "dequantize") and type(tensor.data) is not torch.Tensor:
+        return tensor.dequantize().float()
+    return tensor.clone().float()
+
+
+@cache
+def _checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def _windows(cell: Cell) -> list[tuple[int, int, bool]]:
+    """Return (tokens kept at the start, tokens seen back, of full layers only) by choice."""
+    found = []
+    for variant in cell.variants:
+        only_full = variant.slot == "cache"
+        if variant.choice == "window" or (only_full and variant.choice == "sliding"):
+            found.append((0, WINDOW, only_full))
+        elif variant.choice == "sinks":
+            found.append((SINKS, WINDOW, only_full))
+    return found
+
+
+class _Hand:
+    """What the attention by hand has to do: one model is compared at a time."""
+
+    positions: Any = None
+    windows: Sequence[tuple[int, int, bool]] = ()
+    kinds: Sequence[str] = ()
+
+
+def _attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """softmax(q k / sqrt(d)) v, for one sequence, all of it at once."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    length = query.shape[2]
+    at = torch.arange(length)
+    if _Hand.positions.scores is None:
+        scores = query @ key.transpose(2, 3)
+    else:
+        scores = _Hand.positions.scores(query, key, at[None], at[None])
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if _Hand.positions.bias is not None:
+        heads = query.shape[1]
+        scores = scores - _slopes(heads)[:, None, None] * (at[:, None] - at[None, :])
+    hidden = at[None, :] > at[:, None]
+    if attention_mask is not None:  # the model's own windows
+        hidden = hidden | (attention_mask[0, 0, :, :length] < -1)
+    full = _Hand.kinds[module.layer_idx] == "full_attention"
+    for sinks, window, only_full in _Hand.windows:
+        if full or not only_full:
+            hidden = hidden | ((at[:, None] - at[None, :] >= window) & (at[None, :] >= sinks))
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if s_aux is not None:
+        extra = s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def _slopes(heads: int) -> torch.Tensor:
+    """Return ALiBi's slopes for a number of heads that is a power of two."""
+    assert math.log2(heads).is_integer()
+    return torch.tensor([2.0 ** (-8 * (head + 1) / heads) for head in range(heads)])
