@@ -37,6 +37,7 @@ from engine.calls import HOOKS, PROVIDERS, Chosen
 from engine.hooks import Hooks
 from engine.hookspecs import SLOTS
 from engine.registry import STATE, Choice, installed
+from engine.target import Target, resolve
 
 if TYPE_CHECKING:
     from engine.contexts import CheckContext
@@ -311,7 +312,11 @@ class PluginContract:
         return [*common, f"decode.max_new_tokens={NEW_TOKENS}", *self.overrides]
 
     def _recipe(self, folder: Path) -> Recipe:
-        """Write a recipe as a user would, and compose it."""
+        """Write a recipe as a user would, and compose it; skip where this machine cannot run it."""
+        here = resolve(Target()).traits
+        for trait in getattr(self.plugin(**self.options), "needs", {}):
+            if trait.startswith("target.") and trait not in here:
+                pytest.skip(f"{self._name} needs {trait}, which this machine is not")
         values = {name: _plain(value) for name, value in self.options.items()}
         file = folder / "contract.yaml"
         file.write_text(
