@@ -25,6 +25,26 @@ A plugin may state, as class attributes or properties,
     engine_api = ">=1,<2"                           # hook contracts it works with
 
 Where the reason is not plain, an `engine.rules.Rule` stands in place of the hint, with its source.
+State traits, never names of choices: then plugins that do not know each other combine. In use are
+
+    model.known                 transformers has its code; the traits below are read from it
+    model.attention_interface   it takes attention from outside; .sdpa, .flex, .flash: it has these
+    model.rope, .learned_positions, .sinusoidal, .alibi     how it encodes positions
+    model.longrope              it reads 'yarn' as longrope (Phi-3 and kin)
+    model.split_kv, .kv_heads   projections of keys and values apart; their heads can be fewer
+    model.latent_kv, .sliding, .recurrent, .moe, .softcap, .sinks     MLA; windows; layers that
+                                keep a state; experts; capped scores; learned sinks
+    weights.packed              the weights are no plain numbers any more
+    heads.pooled                key/value heads are means of the checkpoint's
+    position.bias, .scores      attention must add a bias, or compute other scores ...
+    attention.bias, .scores     ... and can
+    attention.window            old tokens are hidden
+    cache.none, .dynamic, .static     nothing is kept; it grows; it has a fixed size and compiles
+    cache.croppable             the last tokens can be taken back
+    cache.evicting, .quantized, .offloaded, .unrepeatable     it forgets; it rounds; it lives
+                                elsewhere; its rows cannot be doubled or reordered
+    decode.compiled, .assisted, .beam     steps are compiled; drafts are tried; several at once
+    target.cpu, .cuda, .mps, .bfloat16, .fp8     the device, and what it computes in
 
 A choice that changes nothing is an error, unless that is its point and it says so: with the trait
 `<slot>.unchanged` (`quantize`, `heads`, `position_encoding`, `attention`), or `cache.none`.

@@ -20,12 +20,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from engine import contexts, errors, hookspecs, probe, registry, session, shape
+from engine import contexts, errors, hookspecs, probe, registry, rules, session, shape
+from engine.rules import Rule
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "plugins" / "README.md"
 MORE = {
     errors: ("Problem",),
+    rules: ("Rule",),
     session: ("Session",),
     probe: ("Probe",),
     shape: ("ModelShape", "TensorSize"),
@@ -135,7 +137,27 @@ def _choice(title: str, plugin: type[Any]) -> str:
     rows = [_option(plugin, field) for field in dataclasses.fields(plugin)]
     if rows:
         lines += ["", "| option | type | default | |", "| --- | --- | --- | --- |", *rows]
+    lines += _declared(plugin)
+    rules = [rule for rule in vars(module).values() if isinstance(rule, Rule)]
+    lines += [""] * bool(rules) + [_rule(rule) for rule in rules]
     return "\n".join(lines)
+
+
+def _declared(plugin: type[Any]) -> Iterator[str]:
+    """Yield the traits that it provides, needs and excludes with its default options."""
+    try:
+        made = plugin()
+    except TypeError:  # an option without a default
+        made = plugin
+    for word in ("provides", "needs", "excludes"):
+        traits = getattr(made, word, ())
+        if traits and not isinstance(traits, property):
+            yield ""
+            yield f"{word.capitalize()} " + ", ".join(f"`{trait}`" for trait in traits) + "."
+
+
+def _rule(rule: Rule) -> str:
+    return f"- `{rule.code}`: {rule.why}. Source: {rule.source} ({rule.seen})."
 
 
 def _option(plugin: type[Any], field: dataclasses.Field[Any]) -> str:
