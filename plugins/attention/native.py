@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
 from engine.contexts import Attention, AttentionContext, Receipt
+from engine.scores import eager
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -15,14 +16,26 @@ if TYPE_CHECKING:
 
 @dataclass
 class NativeAttention:
-    """Leave the model its own default implementation: SDPA where it has that, else eager."""
+    """Leave the model its own default implementation: SDPA where it has that, else eager.
 
-    provides: ClassVar[tuple[str, ...]] = ("attention.unchanged", "attention.bias")
+    Position encodings that bias or make the scores are in no model's own code: with one of them
+    it is the formula of Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1, in plain torch.
+    """
+
+    provides: ClassVar[tuple[str, ...]] = (
+        "attention.unchanged",
+        "attention.bias",
+        "attention.scores",
+    )
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:
-        """Name no implementation, but for a bias, which a model's own code may not know."""
-        return Attention(implementation=None if context.bias is None else "sdpa")
+        """Name no implementation, but for a bias or scores, which a model's own may not know."""
+        if context.bias is context.scores is None:
+            return Attention()
+        from transformers.masking_utils import eager_mask
+
+        return Attention(forward=eager(context.scores), mask=eager_mask)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:

@@ -1,0 +1,114 @@
+"""Rotary positions taken out of a model, to be put back where its scores are made, or not at all.
+
+Its keys are then cached unrotated, and may be turned to other positions later.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+UNROTATED = "engine_unrotated"
+"""The rope type of ours; its name holds none of those that transformers treats otherwise."""
+FORMER = "rope_type_of_the_checkpoint"
+
+
+def unrotated(config: PretrainedConfig) -> PretrainedConfig:
+    """Return a copy of a config whose model turns neither queries nor keys."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    ROPE_INIT_FUNCTIONS[UNROTATED] = _no_frequencies
+    made = copy.deepcopy(config)
+    text = made.get_text_config()
+
+    def still(kind: Mapping[str, Any]) -> dict[str, Any]:
+        # DeepSeek's code asks every type but 'default' for its factor.
+        former = kind.get("rope_type", "default")
+        return {"factor": 1.0, **kind, "rope_type": UNROTATED, FORMER: former}
+
+    text.rope_parameters = _each_kind(text.rope_parameters, still)
+    return made
+
+
+def rotary_embedding(config: PretrainedConfig) -> Any:
+    """Return a rotary embedding of a model as its checkpoint has it, on the CPU."""
+    import torch
+
+    text = config.get_text_config()
+    with torch.device("cpu"):
+        return _embedding(text)(config=text)
+
+
+def rotate(config: PretrainedConfig) -> Callable[..., torch.Tensor]:
+    """Return the function by which the model's code turns `[batch, heads, tokens, head_dim]`.
+
+    It takes the states, and the cosines and sines of its rotary embedding, `[batch, tokens, dim]`;
+    numbers of a head beyond `dim` stay as they are.
+    """
+    import torch
+
+    apply: Any = _code(config.get_text_config()).apply_rotary_pos_emb
+
+    def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
+        # It turns two at a time: the second is empty here.
+        turned, _ = apply(turned, turned[:, :0], cos, sin)
+        return torch.cat([turned, rest], dim=-1)
+
+    return turn
+
+
+def _each_kind(
+    parameters: Mapping[str, Any], change: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Change rotary parameters: one mapping, or one for each type of layer."""
+    if not any(isinstance(kind, Mapping) for kind in parameters.values()):
+        return change(parameters)
+    return {
+        name: change(kind) if isinstance(kind, Mapping) else kind
+        for name, kind in parameters.items()
+    }
+
+
+def _no_frequencies(
+    config: PretrainedConfig, device: Any = None, layer_type: str | None = None, **_: Any
+) -> tuple[torch.Tensor, float]:
+    """Return as many zeros as the model would have frequencies, as a rope type of transformers."""
+    former = copy.deepcopy(config)
+    former.rope_parameters = _each_kind(
+        former.rope_parameters, lambda kind: {**kind, "rope_type": kind[FORMER]}
+    )
+    made = _embedding(former)(config=former)
+    found: torch.Tensor = getattr(made, f"{layer_type}_inv_freq" if layer_type else "inv_freq")
+    return found.new_zeros(found.shape, device=device or found.device), 1.0
+
+
+def _code(text: PretrainedConfig) -> Any:
+    """Return the module that holds the model's code."""
+    return importlib.import_module(type(text).__module__.replace(".configuration_", ".modeling_"))
+
+
+def _embedding(text: PretrainedConfig) -> Any:
+    """Return the class of the language model's rotary embedding."""
+    code = _code(text)
+    found = [
+        value
+        for name, value in vars(code).items()
+        if name.endswith("RotaryEmbedding")
+        and not any(other in name for other in ("Vision", "Audio"))
+        and getattr(value, "__module__", "") == code.__name__
+    ]
+    if len(found) != 1:
+        raise RecipeError(
+            f"{text.model_type} has {len(found)} kinds of rotary embeddings, and one is due",
+            hint="position_encoding=native",
+        )
+    return found[0]
