@@ -63,7 +63,7 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
         for slot, plugin in slots(recipe).items()
     )
     target = resolve(recipe.target if target is None else target)
-    shape, broken = _shape(recipe)
+    shape, broken = find_shape(recipe)
     reshaped = shape and hooks.reshape(ReshapeContext(recipe=recipe, shape=shape))
     traits = _traits(hooks, shape, target)
     context = CheckContext(
@@ -78,11 +78,14 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
         error = RecipeError if problems else CheckpointError
         return Verdict(recipe, hooks, target, reshaped, [*problems, *broken], error=error)
     terms = _terms(hooks, context)
-    excess = _excess(terms, target)
+    # How much of a model that is spread lies on which device, accelerate decides when it loads.
+    spread = {"load.offloaded", "load.dispatched"} & traits.keys()
+    excess = [] if spread else _excess(terms, target)
     return Verdict(recipe, hooks, target, reshaped, excess, terms, error=DoesNotFit)
 
 
-def _shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
+def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
+    """Return the shape of the checkpoint, None when it is not here or broken, and what is wrong."""
     try:
         folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=False)
         if folder is None:
