@@ -32,6 +32,13 @@ class Probe:
     attention_calls: int = 0
     """How often the plugin's own attention forward ran."""
 
+    @property
+    def kept(self) -> dict[str, str | int]:
+        """Return what lies in the cache, counted in its tensors, and how many tokens were sent."""
+        from engine.caching import measure
+
+        return measure(self.cache) | {"tokens sent": sum(self.tokens)}
+
 
 def probe_model(session: Session) -> Probe:
     """Run a prefill and a decoding step, counting operators.
@@ -45,10 +52,12 @@ def probe_model(session: Session) -> Probe:
     found = Probe()
 
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        supports_higher_order_operators = True  # such as flex_attention, which has no schema
+
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            found.operators[func._schema.name] += 1
+            found.operators[func._schema.name if hasattr(func, "_schema") else func.name()] += 1
             return func(*args, **(kwargs or {}))
 
     ids = (torch.arange(PROMPT_TOKENS, device=session.device) % session.embedding_rows)[None]

@@ -1,0 +1,178 @@
+"""What the choices of a cache share: layers of our own, which model layers keep keys, and sizes.
+
+A cache of transformers is a list of layers, one for each layer of the model. A choice replaces
+those that keep every token; windows, recurrent states and shared keys stay as transformers has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import Problem
+from engine.shape import WINDOWED
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Cache, PretrainedConfig
+
+    from engine.contexts import CheckContext
+    from engine.shape import ModelShape
+
+FULL = "full_attention"
+"""The type of a layer that keeps the keys and values of every token, and nothing else."""
+
+
+class Layer:
+    """Keep the keys and values of one layer of a model.
+
+    Everything is in `parts`: tensors by name, the batch in front, so that beams and batches are
+    picked alike from all. It does not inherit from transformers' layers, which would import them;
+    `cache_of` makes it count as one.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        self.parts: dict[str, torch.Tensor] = {}
+        self.seen = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        """Tell whether anything was kept yet."""
+        return bool(self.parts)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Tell whether the last tokens can be forgotten again."""
+        return True
+
+    @property
+    def held(self) -> int:
+        """Return how many tokens are kept, of those seen."""
+        return self.seen
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the memory behind the tensors."""
+        return sum(part.untyped_storage().nbytes() for part in self.parts.values())
+
+    @property
+    def plain_bytes(self) -> int:
+        """Return what the kept tokens would take in the model's own number format."""
+        return self.nbytes
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new keys and values `[batch, heads, tokens, size]`; give all to attend to."""
+        raise NotImplementedError
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; their number is given negative."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int:
+        """Return the tokens seen: positions count from there."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys `query_length` new tokens will meet, and the column of the first."""
+        return self.held + query_length, self.seen - self.held
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no end."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.parts, self.seen = {}, 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Go on with these rows of the batch, as beam search asks."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows of the batch."""
+        self.parts = {
+            name: part.index_select(0, indices.to(part.device)) for name, part in self.parts.items()
+        }
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch."""
+        self.parts = {
+            name: part.repeat_interleave(repeats, dim=0) for name, part in self.parts.items()
+        }
+
+
+def cache_of(config: PretrainedConfig, make: Callable[[], Layer]) -> Cache:
+    """Return a cache whose layers that keep every token are made by `make`."""
+    from transformers import Cache
+    from transformers.cache_utils import (
+        DYNAMIC_LAYER_TYPE_MAPPING,
+        CacheLayerMixin,
+        get_layer_types_and_kwargs,
+    )
+
+    CacheLayerMixin.register(Layer)
+    types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    layers = [
+        make() if kind == FULL else DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
+        for kind, given in zip(types, options, strict=True)
+    ]
+    return Cache(layers=layers)
+
+
+def refuse_without_full(context: CheckContext, choice: str, would: str) -> Iterator[Problem]:
+    """Refuse a model none of whose layers keep every token: the choice would do nothing."""
+    shape = context.shape
+    if shape is None or FULL in shape.layer_types:
+        return
+    kinds = ", ".join(sorted(set(shape.layer_types)))
+    yield Problem(
+        slot="cache",
+        code="does-nothing",
+        message=f"cache={choice} {would} the layers that keep every token, and {shape.model_type} "
+        f"has none: its layers are {kinds}",
+        hint="cache=dynamic",
+    )
+
+
+def layers_kept(
+    shape: ModelShape, tokens: int, *, newest: bool = False
+) -> Iterator[tuple[str, int, int]]:
+    """Yield for each layer its type, its numbers per token, and the tokens it keeps of a sequence.
+
+    `newest` tells whether a window keeps its newest token too: a growing cache of transformers
+    does not, because the next token takes its place.
+    """
+    window = shape.sliding_window or tokens + 1
+    window -= 0 if newest else 1
+    for kind, values in zip(shape.layer_types, shape.kv_values, strict=True):
+        yield kind, values, min(tokens, window) if kind in WINDOWED else tokens
+
+
+def measure(cache: Cache | None) -> dict[str, str | int]:
+    """Return what a cache holds, as evidence: counted in its tensors."""
+    layers = list(getattr(cache, "layers", []))
+    ours = [layer for layer in layers if isinstance(layer, Layer)]
+    theirs = [
+        tensor
+        for layer in layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if tensor is not None
+    ]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in theirs)
+    seen = int(cache.get_seq_length()) if cache is not None else 0
+    lengths = [layer.held for layer in ours] or [min(seen, each.shape[-2]) for each in theirs[-2:]]
+    return {
+        "class": type(cache).__name__,
+        "layers": len(layers),
+        "kind of layer": ", ".join(sorted({type(layer).__name__ for layer in layers})),
+        "bytes": size + sum(layer.nbytes for layer in ours),
+        "bytes if unquantized": size + sum(layer.plain_bytes for layer in ours),
+        "tokens held": max(lengths, default=0),
+        "tokens seen": seen,
+    }
