@@ -53,6 +53,26 @@ class Family:
         found |= {"model.longrope"} if 'in ["su", "yarn"]' in self.config_code else set()
         return frozenset(found | ({"model.known"} if self.known else set()))
 
+    @property
+    def rope_parameters(self) -> Mapping[str, Any]:
+        """Return what its config class takes for rotary positions where config.json is silent."""
+        if '"rope_type"' not in self.config_code and '"type"' not in self.config_code:
+            return {}
+        found = [
+            _entries(node)
+            for node in ast.walk(ast.parse(self.config_code))
+            if isinstance(node, ast.Dict)
+        ]
+        marks = ("rope_type", "type", "full_attention")
+        return next((each for each in found if any(mark in each for mark in marks)), {})
+
+    @property
+    def partial_rotary_factor(self) -> float:
+        """Return what part of a head its code rotates where config.json is silent."""
+        sign = r'"partial_rotary_factor", (?:kwargs\.pop\("rotary_pct", )?([\d.]+)\)'
+        found = re.search(sign, self.config_code)
+        return float(found[1]) if found else 1.0
+
 
 @cache
 def family(model_type: str) -> Family:
@@ -122,6 +142,15 @@ def _renamed(config_class: ast.ClassDef) -> dict[str, str]:
             case ast.Assign(targets=[ast.Name(id="attribute_map")], value=ast.Dict() as names):
                 return dict(ast.literal_eval(names))
     return {}
+
+
+def _entries(node: ast.Dict) -> dict[str, Any]:
+    """Return a mapping as far as it is written out in the source, mappings inside included."""
+    return {
+        str(key.value): _entries(value) if isinstance(value, ast.Dict) else _literal(value)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant)
+    }
 
 
 def _literal(node: ast.expr) -> Any:

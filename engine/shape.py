@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -74,6 +75,10 @@ class ModelShape:
     """'rope', 'learned', 'alibi', 'sinusoidal' or 'none'."""
     rope_type: str = ""
     """How rotary positions are scaled: 'linear', 'yarn', …; 'default' where they are not."""
+    rope_parameters: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Of rotary positions, as config.json has them: one mapping, or one per type of layer."""
+    rotary_dim: int = 0
+    """Numbers of a head that are rotated; 0 where positions are not rotary."""
     layer_types: tuple[str, ...]
     """As the caches of transformers see them; 'dummy' uses the keys of another layer."""
     kv_values: tuple[int, ...]
@@ -135,6 +140,8 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         max_positions=reader.max_positions(position),
         position=position,
         rope_type=reader.rope_type() if position == "rope" else "",
+        rope_parameters=MappingProxyType(dict(reader.rope_parameters)),
+        rotary_dim=reader.rotary_dim(head_dim) if position == "rope" else 0,
         layer_types=layer_types,
         kv_values=reader.kv_values(layer_types, heads, kv_heads, head_dim),
         sliding_window=window,
@@ -350,9 +357,34 @@ class _Reader:
         learned = r"wpe = |embed_positions = |position_embeddings = nn\.Emb|LearnedPositional"
         return "learned" if re.search(learned, code) else "none"
 
+    @cached_property
+    def rope_parameters(self) -> Mapping[str, Any]:
+        """Return what is said of rotary positions: by today's name, the former, or the class."""
+        given = self.mapping("rope_parameters") or self.mapping("rope_scaling")
+        given = given or self.family.rope_parameters
+        if any(isinstance(value, Mapping) for value in given.values()):
+            return given
+        theta = self.get("rope_theta", "rotary_emb_base")
+        return given if theta is None else {"rope_theta": theta, **given}
+
+    def rotary_dim(self, head_dim: int) -> int:
+        """Return how many numbers of a head are rotated."""
+        if self.get("kv_lora_rank") and self.get("qk_rope_head_dim"):
+            return self.count(("qk_rope_head_dim",))
+        given = self.rope_parameters
+        kinds = [
+            kind
+            for label, kind in given.items()
+            if isinstance(kind, Mapping) and label not in WINDOWED
+        ]
+        usual = self.get("partial_rotary_factor", "rotary_pct") or self.family.partial_rotary_factor
+        part = (kinds[0] if kinds else given).get("partial_rotary_factor") or usual
+        self.positive("partial_rotary_factor", part)
+        return int(head_dim * part) if isinstance(part, int | float) else head_dim
+
     def rope_type(self) -> str:
         """Return how rotary positions are scaled; note numbers that give no frequencies."""
-        given = self.mapping("rope_parameters") or self.mapping("rope_scaling")
+        given = self.rope_parameters
         kinds = [kind for kind in given.values() if isinstance(kind, Mapping)]
         outside = {name: self.outer(name) for name in ("rope_theta", "rotary_emb_base")}
         for part in (outside, given, *kinds):

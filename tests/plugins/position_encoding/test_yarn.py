@@ -121,16 +121,16 @@ def test_what_cannot_be_stretched_is_refused(model: Callable[[str], Path]) -> No
     assert len(hints(Yarn(original_max_position_embeddings=-1), llama)) == 1
     assert hints(Yarn(), replace(llama, traits=frozenset({"model.rope"}))) == []
     (told,) = refusals(Yarn(), shape_of(model("phi3")))
-    assert "transformers refuses it for phi3" in told.message
-    (told,) = refusals(Yarn(), replace(llama, rope_type="linear"))
+    assert "transformers accepts only default, longrope for phi3" in told.message
+    (told,) = refusals(Yarn(), replace(llama, rope_parameters={"type": "linear"}))
     assert "already scales its positions (linear)" in told.message
-    with pytest.raises(RecipeError, match="refuses it for phi3"):
+    with pytest.raises(RecipeError, match="accepts only default, longrope for phi3"):
         Yarn().position_encoding(PositionContext(config=tiny_config("phi3")))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
 def test_a_config_without_rotary_positions_is_refused(family: str) -> None:
-    with pytest.raises(RecipeError, match="no rotary parameters"):
+    with pytest.raises(RecipeError, match="it scales rotary positions, and"):
         Yarn().position_encoding(PositionContext(config=tiny_config(family)))
 
 
