@@ -1,10 +1,10 @@
 """The contract that every plugin keeps, as tests to inherit.
 
-    from acme_recipes.attention import Window
+    from acme_recipes.attention import Nearby
     from engine.testing import PluginContract
 
-    class TestWindow(PluginContract):
-        plugin = Window
+    class TestNearby(PluginContract):
+        plugin = Nearby
         slot = "attention"
         options = {"size": 4}
 

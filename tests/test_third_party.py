@@ -110,18 +110,18 @@ def test_list_names_choices_and_recipes_and_imports_none(good: Path, run: Comman
     done = run(good, "python", "-c", code)
     assert done.stderr.strip().endswith("[]"), "a plugin was imported in order to be listed"
     rows = {(row["group"], row["name"]): row for row in json.loads(done.stdout)}
-    assert rows["attention", "window"]["origin"] == "acme-recipes 0.1.0"
-    assert rows["attention", "window"]["about"].startswith("Attend to the last `size` tokens")
+    assert rows["attention", "nearby"]["origin"] == "acme-recipes 0.1.0"
+    assert rows["attention", "nearby"]["about"].startswith("Attend to the last `size` tokens")
     size = {"name": "size", "type": "int", "default": "64"}
-    assert rows["attention", "window"]["options"] == [size]
+    assert rows["attention", "nearby"]["options"] == [size]
     assert rows["cache", "half"]["origin"] == "acme-recipes 0.1.0"
     assert rows["attention", "sdpa"]["origin"].startswith("recipe-engine ")
-    assert rows["recipes", "acme-window"]["about"].startswith("Each token sees")
+    assert rows["recipes", "acme-nearby"]["about"].startswith("Each token sees")
 
 
 def test_the_table_shows_the_distribution(good: Path, run: Command) -> None:
     done = run(good, "list", "attention")
-    assert re.search(r"window\s+plugin\s+acme-recipes 0\.1\.0\s+Attend to the last", done.stdout)
+    assert re.search(r"nearby\s+plugin\s+acme-recipes 0\.1\.0\s+Attend to the last", done.stdout)
     assert "attention.size: int = 64" in done.stdout
     assert "attention.size" not in run(good, "list").stdout
     assert "quantize.skip_modules: list[str] = []" in run(good, "list", "quantize").stdout
@@ -131,19 +131,19 @@ def test_verify_imports_and_tells_what_each_does(good: Path, run: Command) -> No
     done = run(good, "list", "--verify", "--json")
     assert done.returncode == 0
     rows = {(row["group"], row["name"]): row for row in json.loads(done.stdout)}
-    assert rows["attention", "window"]["ok"] is True
-    assert rows["attention", "window"]["about"].startswith("Attend to the last")
+    assert rows["attention", "nearby"]["ok"] is True
+    assert rows["attention", "nearby"]["about"].startswith("Attend to the last")
 
 
 def test_a_misspelled_choice_names_the_third_partys(good: Path, run: Command) -> None:
-    done = run(good, "check", "base", "model.path=some/model", "attention=windw")
+    done = run(good, "check", "base", "model.path=some/model", "attention=nearbi")
     assert done.returncode == 2
-    assert "attention=windw" in done.stderr
-    assert "did you mean attention=window? there are: eager, native, sdpa, window" in done.stderr
+    assert "attention=nearbi" in done.stderr
+    assert "did you mean attention=nearby? there are: " in done.stderr
 
 
 def test_its_options_are_typed_and_checked(good: Path, tiny: Path, run: Command) -> None:
-    words = ["check", "base", f"model.path={tiny}", "attention=window"]
+    words = ["check", "base", f"model.path={tiny}", "attention=nearby"]
     wrong = run(good, *words, "attention.size=wide")
     assert wrong.returncode == 2
     assert "attention.size" in wrong.stderr
@@ -203,7 +203,7 @@ def _windowed_tokens(folder: Path, window: int, count: int) -> list[int]:
 def test_its_recipe_runs_and_the_window_is_real(good: Path, tiny: Path, run: Command) -> None:
     words = [f"model.path={tiny}", "model.dtype=float32", "decode.max_new_tokens=8"]
     done = run(
-        good, "run", "acme-window", *words, f"attention.size={WINDOW}", "-p", PROMPT, "--json"
+        good, "run", "acme-nearby", *words, f"attention.size={WINDOW}", "-p", PROMPT, "--json"
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -211,7 +211,7 @@ def test_its_recipe_runs_and_the_window_is_real(good: Path, tiny: Path, run: Com
     assert answer["token_ids"] == expected
     assert expected != _windowed_tokens(tiny, 1000, 8), "the prompt is too short to tell"
     (receipt,) = [one for one in answer["receipts"] if one["slot"] == "attention"]
-    assert receipt["plugin"] == "window"
+    assert receipt["plugin"] == "nearby"
     assert receipt["ok"] is True
     assert receipt["evidence"]["attended"] == WINDOW
     assert receipt["evidence"]["keys"] > WINDOW
@@ -219,7 +219,7 @@ def test_its_recipe_runs_and_the_window_is_real(good: Path, tiny: Path, run: Com
 
 
 def test_a_window_as_wide_as_the_model_is_refused(good: Path, tiny: Path, run: Command) -> None:
-    words = ["check", "base", f"model.path={tiny}", "attention=window"]
+    words = ["check", "base", f"model.path={tiny}", "attention=nearby"]
     assert run(good, *words, f"attention.size={CONTEXT - 1}").returncode == 0
     done = run(good, *words, f"attention.size={CONTEXT}")
     assert done.returncode == 2
@@ -233,22 +233,22 @@ def test_its_receipt_fails_with_a_mask_that_is_no_window(good: Path, run: Comman
     code = (
         "from types import SimpleNamespace as Of\n"
         "from transformers.masking_utils import sdpa_mask\n"
-        "from acme_recipes.attention import Window\n"
+        "from acme_recipes.attention import Nearby\n"
         "def holds(window, mask, calls):\n"
         "    built = {'attention': Of(mask=mask)}\n"
         "    session = Of(built=built, probe=Of(attention_calls=calls))\n"
         "    return all(receipt.ok for receipt in window.receipts(session))\n"
         "def everything(**known): return sdpa_mask(allow_is_causal_skip=False, **known)\n"
-        "near, wide = (Window(size).attention(None).mask for size in (64, 65))\n"
+        "near, wide = (Nearby(size).attention(None).mask for size in (64, 65))\n"
         "cases = [(near, 4), (near, 0), (wide, 4), (everything, 4)]\n"
-        "print([holds(Window(), mask, calls) for mask, calls in cases])\n"
+        "print([holds(Nearby(), mask, calls) for mask, calls in cases])\n"
     )
     done = run(good, "python", "-c", code)
     assert done.stdout.strip() == "[True, False, False, False]", done.stderr
 
 
 def test_it_works_with_our_choices(good: Path, tiny: Path, run: Command) -> None:
-    window = ["attention=window", f"attention.size={WINDOW}"]
+    window = ["attention=nearby", f"attention.size={WINDOW}"]
     caches = [["cache=none"], ["cache=dynamic"], ["cache=static"]]
     others = [["cache=half"], ["load=random"], ["quantize=bitsandbytes", "quantize.bits=8"]]
     cases = [[*window, *more] for more in caches + others]

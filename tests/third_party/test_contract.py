@@ -2,21 +2,21 @@
 
 # ruff: noqa: RUF012  (the base class declares them)
 
-from acme_recipes.attention import Window
+from acme_recipes.attention import Nearby
 from acme_recipes.cache import Half
 
 from engine.testing import PluginContract
 
 
-class TestWindow(PluginContract):
-    plugin = Window
+class TestNearby(PluginContract):
+    plugin = Nearby
     slot = "attention"
     options = {"size": 4}
     exact = False
 
 
-class TestWideWindow(PluginContract):
-    plugin = Window
+class TestWideNearby(PluginContract):
+    plugin = Nearby
     slot = "attention"
     options = {"size": 100}  # more than the suite's prompts, less than its model's positions
 

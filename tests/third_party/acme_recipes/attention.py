@@ -1,4 +1,4 @@
-"""attention=window: attend to the nearest tokens only."""
+"""attention=nearby: attend to the nearest tokens only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Window:
+class Nearby:
     """Attend to the last `size` tokens only, the token itself included.
 
     Beltagy et al. 2020, arXiv 2004.05150, section 3.1.
@@ -52,7 +52,7 @@ class Window:
             yield Problem(
                 slot="attention",
                 code="attention-unsupported",
-                message=f"attention=window cannot replace the attention of {shape.model_type}",
+                message=f"attention=nearby cannot replace the attention of {shape.model_type}",
                 hint="attention=native",
             )
 
