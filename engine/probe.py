@@ -52,12 +52,10 @@ def probe_model(session: Session) -> Probe:
     found = Probe()
 
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        supports_higher_order_operators = True  # such as flex_attention, which has no schema
-
         def __torch_dispatch__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            found.operators[func._schema.name if hasattr(func, "_schema") else func.name()] += 1
+            found.operators[func._schema.name] += 1
             return func(*args, **(kwargs or {}))
 
     ids = (torch.arange(PROMPT_TOKENS, device=session.device) % session.embedding_rows)[None]
