@@ -1,0 +1,56 @@
+"""attention=sinks: attend to the first few and the last tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from engine import hookimpl, windows
+from engine.contexts import Attention, AttentionContext, CheckContext, Receipt
+from engine.errors import Problem
+from engine.rules import Rule
+
+if TYPE_CHECKING:
+    from engine.session import Session
+
+
+@dataclass
+class Sinks:
+    """Attend to the first `sinks` tokens and the last `window`, the current one included.
+
+    Xiao et al. 2023, arXiv 2309.17453, section 3.2 (StreamingLLM): softmax gives the first tokens
+    the weight that it has no other use for, so hiding them ruins a model that was not trained with
+    a window. Positions stay those of the text, not of what is seen as in the paper, so texts still
+    end at the model's context. A model's own sliding window hides its sinks all the same.
+    """
+
+    sinks: int = 4
+    window: int = 1020
+    provides: ClassVar[tuple[str, ...]] = ("attention.window", "attention.bias")
+    needs: ClassVar[Mapping[str, Rule]] = {"model.attention_interface": windows.INTERFACE}
+    excludes: ClassVar[Mapping[str, Rule]] = {"cache.evicting": windows.EVICTING}
+
+    @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Refuse no sinks, and a window that holds no token or hides none."""
+        if self.sinks < 1:
+            yield Problem(
+                slot="attention",
+                code="value",
+                message=f"attention.sinks={self.sinks}: without sinks it is a plain window",
+                hint="attention=window, or attention.sinks=4",
+            )
+        else:
+            yield from windows.refuse(context, self.window, self.sinks, "window")
+
+    @hookimpl
+    def attention(self, context: AttentionContext) -> Attention:
+        """Give a mask that hides the middle, and what computes attention under it."""
+        windowed = windows.Windowed(context.config, self.window, self.sinks)
+        return Attention(forward=windowed.forward, mask=windowed.mask)
+
+    @hookimpl
+    def receipts(self, session: Session) -> Iterator[Receipt]:
+        """Count the calls that were masked, and the keys that the mask hides past the window."""
+        yield windows.receipt(session)
