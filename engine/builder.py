@@ -120,6 +120,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
         )
     )
     session.config = session.model.config
+    session.device = built["load"].device or session.device
     session.model.register_forward_pre_hook(_counter(session), with_kwargs=True)
     hooks.prepare(PrepareContext(recipe=recipe, model=session.model))
     built["decode"] = hooks.decode(

@@ -6,6 +6,7 @@ Frozen and one per hook, so that a new field breaks no plugin. In the order of a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +203,8 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
+    device: torch.device | None = None
+    """Where inputs go; None for the device of the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +360,9 @@ class Chat(Protocol):
     def send(self, message: str) -> Stream:
         """Answer `message`, given all that was said before."""
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the conversation to a file, cache and all, for `Task.chat` to resume."""
+
 
 class Task(Protocol):
     """What a recipe is for, ready to be asked."""
@@ -370,8 +376,8 @@ class Task(Protocol):
     def batch(self, prompts: Sequence[str]) -> list[Output]:
         """Answer all prompts together."""
 
-    def chat(self) -> Chat:
-        """Start a conversation."""
+    def chat(self, *, resume: Path | None = None) -> Chat:
+        """Start a conversation, or go on with one that was saved to a file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,7 +186,7 @@ def test_a_broken_checkpoint_is_refused(fault: str, folder: Path) -> None:
     ("values", "says"),
     [
         ({"hidden_act": "banana"}, "hidden_act=banana from config.json"),
-        ({"rope_parameters": {"rope_type": "banana"}}, "rope_type=banana from config.json"),
+        ({"rope_parameters": {"rope_type": "banana"}}, "rope_type=banana"),
         ({"auto_map": {"AutoConfig": "x.Y"}, "model_type": "unheard"}, "unheard"),
     ],
 )

@@ -171,8 +171,8 @@ def _were_pooled(session: Session) -> bool:
 def _largest_difference(session: Session, head_dim: int) -> float | None:
     """Return how far the first layer's keys and values are from means of the checkpoint's.
 
-    Relative to the largest of them. None where it cannot be told: weights that are packed, or not
-    in safetensors.
+    Relative to the largest of them. None where it cannot be told: weights that are packed, on disk,
+    or not in safetensors.
     """
     from safetensors import safe_open
     from torch import nn
@@ -183,7 +183,7 @@ def _largest_difference(session: Session, head_dim: int) -> float | None:
         modules = session.model.named_modules()
         name, layer = next((name, module) for name, module in modules if name.endswith(kind))
         name = f"{name}.weight"
-        if name not in stored or type(layer) is not nn.Linear:
+        if name not in stored or type(layer) is not nn.Linear or layer.weight.is_meta:
             return None
         with safe_open(str(stored[name].file), framework="pt") as file:
             tensor = file.get_tensor(name).to(layer.weight.dtype)

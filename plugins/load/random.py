@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine import checkpoint, hookimpl
+from engine import checkpoint, hookimpl, loading
 from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
 from engine.errors import Problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from engine.session import Session
 
@@ -57,7 +57,7 @@ class Random:
         import torch
         from transformers import AutoModelForCausalLM
 
-        tokenizer = _tokenizer(context)
+        tokenizer = loading.tokenizer(context.folder, context.recipe.model.trust_remote_code)
         seed = context.recipe.seed if self.seed is None else self.seed
         options: dict[str, Any] = {"dtype": context.dtype}
         if context.attention_implementation is not None:
@@ -123,13 +123,7 @@ def _quantized(
     model: PreTrainedModel, context: LoadContext, options: dict[str, Any]
 ) -> PreTrainedModel:
     """Return a copy that was quantized as if its weights came from files."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with loading.quiet():
         quantized: PreTrainedModel = type(model).from_pretrained(
             None,
             config=context.config,
@@ -138,22 +132,4 @@ def _quantized(
             device_map={"": context.device},
             **options,
         )
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
     return quantized
-
-
-def _tokenizer(context: LoadContext) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            context.folder, trust_remote_code=context.recipe.model.trust_remote_code
-        )
-    except Exception as error:
-        what = "there is no tokenizer that can be used"
-        hint = "put tokenizer.json and tokenizer_config.json beside config.json"
-        raise checkpoint.unusable(context.folder, error, what, hint) from error
-    return tokenizer

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine import checkpoint, hookimpl
+from engine import checkpoint, hookimpl, loading, places, prequantized
 from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
-from engine.errors import DoesNotFit, Problem
+from engine.errors import Problem
+from engine.placement import Placement, devices
+from engine.rules import Rule
 from engine.shape import read_shape
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.core_model_loading import WeightConverter
+    from transformers import PreTrainedModel
 
     from engine.checkpoint import TensorInfo
     from engine.session import Session
 
-_LOADING = threading.Lock()
-"""Conversions are registered for the whole process, so only one model loads at a time."""
-
-TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
+PACKED_OFFLOAD = Rule(
+    code="packed-offload",
+    why="what is offloaded to the CPU or the disk cannot be packed, and transformers refuses to "
+    "leave it unpacked unasked",
+    hint="load.device_map=null, or let it be unpacked: load.offload_unpacked=true",
+    source="transformers quantizers/quantizer_bnb_4bit.py; bitsandbytes issue 881",
+    seen="transformers 5.23.0, bitsandbytes 0.50.2, 2026-11-22",
+)
+NOTHING_PACKED = Rule(
+    code="packed-offload-cpu",
+    why="load.offload_unpacked leaves what is not on a GPU unpacked, so nothing would be packed",
+    hint="quantize=none, or load.device_map=null",
+    source="transformers quantizers/quantizer_bnb_4bit.py, _process_model_before_weight_loading",
+    seen="transformers 5.23.0, bitsandbytes 0.50.2, 2026-11-22",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +45,10 @@ class LoadedCheckpoint(Loaded):
 
     files: Mapping[str, TensorInfo]
     checksums: int
-    proven: Mapping[str, torch.dtype]
-    """Parameters that were as in the files when they were loaded, and in what format."""
+    held: int
+    """Parameters of which a row was as in the files when they were loaded."""
+    sampled: Mapping[str, torch.Tensor]
+    """Bytes of a row of each parameter, as loaded."""
 
 
 @dataclass
@@ -46,17 +57,46 @@ class Transformers:
 
     Missing, surplus and misshapen tensors, damaged files, checksums that differ and, with `scan`,
     values that are not finite are errors. Pickle files can run code: only with `allow_pickle`.
+
+    `device_map` spreads a model over GPUs, the CPU and the disk, as accelerate does ("Big Model
+    Inference" in its documentation): auto, balanced, balanced_low_0, sequential, cpu, or a mapping
+    of modules to cpu, disk, 0, cuda:1, … where `rest` is all that is not named. `max_memory` limits each device
+    ({0: 20GiB, cpu: 60GiB}); naming cpu there allows to offload to it, and `offload_folder` to the
+    disk. With `offload_unpacked` what is offloaded stays unpacked in a quantized model.
     """
 
     allow_pickle: bool = False
     scan: bool = True
+    device_map: Any = None
+    max_memory: dict[str, str] = field(default_factory=dict)
+    offload_folder: str | None = None
+    offload_unpacked: bool = False
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """Say whether parts are on several devices, and whether some wait elsewhere."""
+        return self._placement.traits
+
+    @property
+    def excludes(self) -> dict[str, Rule]:
+        """Refuse to pack what is offloaded, unless it may stay unpacked."""
+        refused = self._placement.offloads and not self.offload_unpacked
+        return {"weights.packed": PACKED_OFFLOAD} if refused else {}
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
-        """Hold config.json against the weights, where they are here."""
+        """Refuse what cannot be placed or unpacked; hold config.json against the weights."""
+        yield from self._placement.problems(context)
+        offloads = self._placement.offloads
+        packed = "weights.packed" in context.traits
+        if offloads and packed and self.offload_unpacked and "target.cuda" not in context.traits:
+            yield NOTHING_PACKED.problem("load", "packed weights and a device map without a GPU")
         if context.shape is not None:
+            if offloads and context.shape.quantization and not self.offload_unpacked:
+                what = f"a checkpoint packed by {context.shape.quantization} and offloading"
+                yield PACKED_OFFLOAD.problem("load", what)
+            yield from prequantized.problems(context.shape, context.target, context.traits)
             checkpoint.verify_promises(context.shape)
-        return iter(())
 
     @hookimpl
     def load(self, context: LoadContext) -> LoadedCheckpoint:
@@ -71,11 +111,17 @@ class Transformers:
         checksums = checkpoint.verify_checksums(folder)
         if self.scan:
             checkpoint.verify_finite(folder)
-        tokenizer = _tokenizer(folder, asked.trust_remote_code)
-        with _LOADING, _quiet(), _registered(context.config, context.converters):
-            model, info = self._from_pretrained(context, folder)
+        tokenizer = loading.tokenizer(folder, asked.trust_remote_code)
+        options = self._placement.options(context)
+        # transformers takes safetensors where there are some, and pickle only where it may.
+        safetensors = None if self.allow_pickle else True
+        model, info = loading.from_pretrained(
+            context, folder, use_safetensors=safetensors, **options
+        )
+        if "offload_folder" in options:
+            weakref.finalize(model, shutil.rmtree, options["offload_folder"], ignore_errors=True)
+        self._placement.verify(model)
         reshaped = [p for each in context.converters for p in each.source_patterns]
-        packed = context.quantization.config or config.get("quantization_config")
         if config.get("quantization_config") is None:
             checkpoint.verify_dtypes(folder, tensors, model)
         checkpoint.verify_loaded(folder, info, model=model, tensors=tensors, reshaped=reshaped)
@@ -85,168 +131,76 @@ class Transformers:
         return LoadedCheckpoint(
             model=model.eval(),
             tokenizer=tokenizer,
+            device=None if self.device_map is None else places.main_device(model),
             files=tensors,
             checksums=checksums,
-            # What is packed computes in other formats, and casts its biases while it does.
-            proven=_as_in_the_files(model, tensors) if packed is None else {},
+            held=_as_in_the_files(model, tensors),
+            sampled=loading.sample(model),
         )
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
-        """Count what is in memory, and where; hold a sample against the files once more."""
+        """Count what is in memory, and where; compare a sample with what was loaded."""
         model, loaded = session.model, session.built["load"]
-        now = _as_in_the_files(model, loaded.files)
-        changed = [name for name, dtype in loaded.proven.items() if now.get(name) != dtype]
-        held = [*model.parameters(), *model.buffers()]
-        devices = {tensor.device for tensor in held}
+        changed = loading.changed(loaded.sampled, model)
+        where, buffers = places.bytes_by_place(model), list(model.buffers())
+        kinds = {str(place).partition(":")[0] for place in where}
+        spread = devices(getattr(model, "hf_device_map", None)) or {str(session.device)}
         yield Receipt(
             slot="load",
-            claim="all of the checkpoint is in memory, and nothing else",
+            claim="all of the checkpoint is in memory, and nothing else"
+            if "disk" not in where
+            else "all of the checkpoint is in memory or on disk, and nothing else",
             evidence={
                 "class": type(model).__name__,
                 "tensors in the files": len(loaded.files),
                 "parameters": model.num_parameters(),
-                "tensors held against the files": len(loaded.proven),
+                "tensors held against the files": loaded.held,
+                "tensors sampled": len(loaded.sampled),
                 "of them changed after loading": checkpoint.some(changed) or 0,
-                "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
+                "bytes": sum(where.values())
+                + sum(buffer.numel() * buffer.element_size() for buffer in buffers),
+                **{f"bytes on {place}": size for place, size in where.items() if len(where) > 1},
                 "dtype": str(model.dtype).removeprefix("torch."),
-                "device": ", ".join(sorted(map(str, devices))),
+                "device": ", ".join(sorted(where)),
                 "files verified by checksum": loaded.checksums,
             },
-            ok={device.type for device in devices} == {session.device.type}
+            ok=(kinds == {session.device.type} or set(where) <= spread)
             and not model.training
             and not changed
             and (len(loaded.files) > 0 or self.allow_pickle),
         )
 
-    def _from_pretrained(self, context: LoadContext, folder: Path) -> tuple[Any, dict[str, Any]]:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        settings = checkpoint.generation_config(folder, context.config)
-        quantized = getattr(context.config, "quantization_config", None)
-        options: dict[str, Any] = {}
-        if context.attention_implementation is not None:
-            options["attn_implementation"] = context.attention_implementation
-        if context.quantization.config is not None:
-            options["quantization_config"] = quantized = context.quantization.config
-        if quantized is not None or context.device.type != "cpu":
-            # Quantizers choose a GPU by themselves when they are not told.
-            options["device_map"] = {"": context.device}
-        try:
-            auto: Any = AutoModelForCausalLM
-            model, info = auto.from_pretrained(
-                folder,
-                config=context.config,
-                generation_config=settings,
-                dtype=context.dtype,
-                use_safetensors=None if self.allow_pickle else True,
-                weights_only=True,
-                ignore_mismatched_sizes=True,  # told by verify_loaded, with all other faults
-                output_loading_info=True,
-                trust_remote_code=context.recipe.model.trust_remote_code,
-                **options,
-            )
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise DoesNotFit(
-                f"the weights of {context.recipe.model.path} do not fit {context.device}: {error}",
-                hint="quantize=bitsandbytes, or a smaller model",
-            ) from error
-        except Exception as error:
-            what = f"transformers cannot load this {context.config.model_type}"
-            raise checkpoint.unusable(folder, error, what) from error
-        return model, info
+    @property
+    def _placement(self) -> Placement:
+        return Placement(
+            device_map=self.device_map,
+            max_memory=self.max_memory,
+            offload_folder=self.offload_folder,
+            offload_unpacked=self.offload_unpacked,
+        )
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        with _quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
-        what = "there is no tokenizer that can be used"
-        raise checkpoint.unusable(folder, error, what, TOKENIZER) from error
-    return tokenizer
-
-
-def _as_in_the_files(
-    model: PreTrainedModel, files: Mapping[str, TensorInfo]
-) -> dict[str, torch.dtype]:
-    """Return the plain parameters of which a row, the middle one, is as in the files."""
+def _as_in_the_files(model: PreTrainedModel, files: Mapping[str, TensorInfo]) -> int:
+    """Count the plain parameters of which a row, the middle one, is as in the files."""
     import torch
     from safetensors import safe_open
 
     prefix = f"{model.base_model_prefix}."  # hub checkpoints often leave it out
     plain = [
-        (name, stored, parameter.detach())
+        (name, stored, parameter)
         for name, parameter in model.named_parameters()
         if type(parameter.data) is torch.Tensor and parameter.is_floating_point()
         for stored in (name if name in files else name.removeprefix(prefix),)
         if stored in files and files[stored].dtype in checkpoint.FLOATS
         if 0 not in parameter.shape == files[stored].shape != ()
     ]
-    found = {}
+    found = 0
     for file in {files[stored].file for _, stored, _ in plain}:
         with safe_open(str(file), framework="pt") as handle:
             for name, stored, parameter in plain:
                 row = slice(len(parameter) // 2, len(parameter) // 2 + 1)
-                if files[stored].file == file and _same(
-                    handle.get_slice(stored)[row], parameter[row]
-                ):
-                    found[name] = parameter.dtype
+                if files[stored].file == file:
+                    held = places.real(model, name, parameter)[row]
+                    found += handle.get_slice(stored)[row].to(held.dtype).equal(held.cpu())
     return found
-
-
-def _same(stored: torch.Tensor, held: torch.Tensor) -> bool:
-    return stored.to(held.dtype).equal(held.cpu())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' warnings and progress bars from the terminal: faults are errors here."""
-    from transformers import utils
-
-    logging: Any = utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _registered(config: PretrainedConfig, converters: Sequence[WeightConverter]) -> Iterator[None]:
-    """Add converters to those of the model's type, for the time of one load."""
-    from transformers import conversion_mapping
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if not converters:
-        yield
-        return
-    registry: Any = conversion_mapping
-    # transformers looks under the class first, then under the type; the first found is used alone.
-    names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), config.model_type]
-    found = {name: registry.get_checkpoint_conversion_mapping(name) for name in names}
-    key = next((name for name in names if found[name] is not None), config.model_type)
-    ours = key in registry.USER_REGISTERED_MAPPINGS
-    registry.register_checkpoint_conversion_mapping(
-        key, [*(found[key] or []), *converters], overwrite=True
-    )
-    try:
-        yield
-    finally:
-        # There is no public way to take a registration back.
-        registry._checkpoint_conversion_mapping_cache.pop(key)
-        if found[key] is not None:
-            registry._checkpoint_conversion_mapping_cache[key] = found[key]
-        if not ours:
-            registry.USER_REGISTERED_MAPPINGS.discard(key)

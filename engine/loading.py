@@ -1,0 +1,154 @@
+"""What ways of loading share: quiet, one model at a time, with the recipe's converters."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from engine import checkpoint
+from engine.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.core_model_loading import WeightConverter
+
+    from engine.contexts import LoadContext
+
+_LOADING = threading.Lock()
+"""Conversions are registered for the whole process, so only one model loads at a time."""
+
+_TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
+
+
+def from_pretrained(
+    context: LoadContext, folder: Path, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Load with transformers, and return the model and what `verify_loaded` needs to know.
+
+    Args:
+        options: of `from_pretrained`, beside those that every load has.
+
+    Raises:
+        DoesNotFit: when the device's memory is not enough.
+        CheckpointError: when transformers cannot load it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    auto: Any = AutoModelForCausalLM
+    if context.attention_implementation is not None:
+        options["attn_implementation"] = context.attention_implementation
+    with _LOADING, quiet(), _registered(context.config, context.converters):
+        try:
+            model, info = auto.from_pretrained(
+                folder,
+                config=context.config,
+                generation_config=checkpoint.generation_config(folder, context.config),
+                dtype=context.dtype,
+                weights_only=True,
+                ignore_mismatched_sizes=True,  # told by verify_loaded, with all other faults
+                output_loading_info=True,
+                trust_remote_code=context.recipe.model.trust_remote_code,
+                **options,
+            )
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise DoesNotFit(
+                f"the weights of {context.recipe.model.path} do not fit {context.device}: {error}",
+                hint="quantize=bitsandbytes, or a smaller model",
+            ) from error
+        except Exception as error:
+            what = f"transformers cannot load this {context.config.model_type}"
+            raise checkpoint.unusable(folder, error, what) from error
+    return model, info
+
+
+def tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; raise CheckpointError where there is none that can be used."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        what = "there is no tokenizer that can be used"
+        raise checkpoint.unusable(folder, error, what, _TOKENIZER) from error
+    return found
+
+
+def sample(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the bytes of a row, the middle one, of every parameter that running leaves alone.
+
+    Not of what has a class of its own, nor of vectors in a packed model: packed layers cast their
+    biases as they run.
+    """
+    import torch
+
+    least = 1 if getattr(model, "hf_quantizer", None) is None else 2
+    return {
+        name: parameter.data[len(parameter) // 2 :][:1].cpu().clone().view(torch.uint8)
+        for name, parameter in model.named_parameters()
+        if type(parameter.data) is torch.Tensor and not parameter.is_meta
+        if parameter.numel() and parameter.dim() >= least
+    }
+
+
+def changed(before: dict[str, torch.Tensor], model: PreTrainedModel) -> list[str]:
+    """Return the parameters whose sample is not what it was, bit for bit."""
+    now = sample(model)
+    return [name for name, row in before.items() if name not in now or not now[name].equal(row)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars from the terminal: faults are errors here."""
+    from transformers import utils
+
+    logging: Any = utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _registered(config: PretrainedConfig, converters: Sequence[WeightConverter]) -> Iterator[None]:
+    """Add converters to those of the model's type, for the time of one load."""
+    from transformers import conversion_mapping
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not converters:
+        yield
+        return
+    registry: Any = conversion_mapping
+    # transformers looks under the class first, then under the type; the first found is used alone.
+    names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), config.model_type]
+    found = {name: registry.get_checkpoint_conversion_mapping(name) for name in names}
+    key = next((name for name in names if found[name] is not None), config.model_type)
+    ours = key in registry.USER_REGISTERED_MAPPINGS
+    registry.register_checkpoint_conversion_mapping(
+        key, [*(found[key] or []), *converters], overwrite=True
+    )
+    try:
+        yield
+    finally:
+        # There is no public way to take a registration back.
+        registry._checkpoint_conversion_mapping_cache.pop(key)
+        if found[key] is not None:
+            registry._checkpoint_conversion_mapping_cache[key] = found[key]
+        if not ours:
+            registry.USER_REGISTERED_MAPPINGS.discard(key)
