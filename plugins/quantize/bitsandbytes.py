@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from importlib.util import find_spec
-from math import ceil, prod
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from math import ceil
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import hookimpl
+from engine import hookimpl, packing
 from engine.contexts import (
     CheckContext,
     EstimateContext,
@@ -21,17 +18,26 @@ from engine.contexts import (
     Receipt,
     Term,
 )
-from engine.errors import Problem, RecipeError
+from engine.errors import Problem
+from engine.families import family
+from engine.rules import Rule
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from engine.session import Session
-    from engine.shape import TensorSize
 
-UNQUANTIZED = re.compile(r"embed|\.wte\.|\.wpe\.|lm_head|output_layer|experts|norm|ln_|vision")
-"""Two-dimensional tensors that are no linear layer, or the last one: they stay as they are."""
+LAYERS = ("Linear", "Conv1D")
+
+INT8_LATENTS = Rule(
+    code="int8-latent-kv",
+    why="its 8-bit product takes inputs of at most 3 dimensions where some are large, and latents "
+    "come in 4",
+    hint="quantize.skip_modules=[kv_b_proj], or quantize.bits=4",
+    source="bitsandbytes/autograd/_functions.py, MatMul8bitLt.forward",
+    seen="bitsandbytes 0.50.2, 2026-11-22",
+)
 
 
 class QuantType(Enum):
@@ -71,10 +77,14 @@ class BitsAndBytes:
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
         """Refuse a missing library, impossible options and quantizing twice."""
-        if find_spec("bitsandbytes") is None:
-            message = "quantize=bitsandbytes needs bitsandbytes, which is not installed"
-            hint = 'pip install "recipe-engine[bitsandbytes]"'
-            yield Problem(slot="quantize", code="not-installed", message=message, hint=hint)
+        yield from packing.refusals(
+            context,
+            choice="bitsandbytes",
+            library="bitsandbytes",
+            extra="bitsandbytes",
+            kinds=LAYERS,
+            skip=self.skip_modules,
+        )
         if self.bits not in (4, 8):
             message = f"quantize.bits={self.bits}: bitsandbytes has 4 and 8"
             yield Problem(slot="quantize", code="value", message=message, hint="quantize.bits=4")
@@ -89,23 +99,37 @@ class BitsAndBytes:
                         message=f"quantize.{name}={str(word).lower()} does nothing in 8 bits",
                         hint="quantize.bits=4",
                     )
-        quantized = context.shape.quantization if context.shape else None
-        if quantized:
-            yield Problem(
-                slot="quantize",
-                code="checkpoint-quantized",
-                message=f"the checkpoint is quantized already ({quantized})",
-                hint="quantize=none",
-            )
+
+        shape, expands = context.shape, "def expand_kv("
+        if self.bits == 8 and shape and expands in family(shape.model_type).model_code:
+            left = any(packing.matches("self_attn.kv_b_proj", [each]) for each in self.skip_modules)
+            if not left:
+                what = f"quantize=bitsandbytes in 8 bits does not work with {shape.model_type}"
+                yield INT8_LATENTS.problem("quantize", what)
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Price packed and other tensors, where the checkpoint's are known."""
-        dtype = context.recipe.model.dtype.value
-        tensors = context.shape.tensors
-        if tensors:
-            sizes = (self._bytes(name, tensor, dtype) for name, tensor in tensors.items())
-            yield Term(name="weights", bytes=sum(sizes))
+        """Price codes and scales, where the checkpoint's tensors are known."""
+
+        def pack(rows: int, columns: int, value_bytes: int) -> tuple[int, int]:
+            numbers = rows * columns
+            if self.bits == 8:
+                return numbers, 4 * rows
+            blocks = ceil(numbers / 64)
+            # Quantized scales have scales of their own, their 256 values, and what is their mean.
+            double = blocks + 4 * (ceil(blocks / 256) + 256 + 1)
+            return ceil(numbers / 2), 4 * 16 + (double if self.double_quant else 4 * blocks)
+
+        asked, compute = self.compute_dtype, context.value_bytes
+        if self.bits == 4 and (asked is not ComputeDtype.auto or compute == 4):
+            compute = 4 if asked is ComputeDtype.float32 else 2
+        yield from packing.terms(
+            context,
+            pack,
+            kinds=LAYERS,
+            skip=self.skip_modules,
+            bias_bytes=compute,  # bitsandbytes casts biases when it first uses them
+        )
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:
@@ -117,7 +141,9 @@ class BitsAndBytes:
         # Before bitsandbytes is imported: it complains of kernels that nobody asked for, and then
         # tells of each 8-bit product that its inputs become float16.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        skip = _skipped(context.config, self.skip_modules) if self.skip_modules else None
+        skip = packing.left_alone(
+            context.config, "bitsandbytes", kinds=LAYERS, skip=self.skip_modules
+        )
         if self.bits == 8:
             config = make(load_in_8bit=True, llm_int8_skip_modules=skip)
             return Quantization(config=config, finish=_finish)
@@ -137,113 +163,65 @@ class BitsAndBytes:
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Count packed layers and their real bytes, and the operators that used them."""
         from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-        from torch import nn
-        from transformers.pytorch_utils import Conv1D
 
-        kinds = (Linear4bit, Linear8bitLt)
-        linear = [m for m in session.model.modules() if isinstance(m, (nn.Linear, Conv1D))]
-        packed = [module for module in linear if isinstance(module, kinds)]
-        size = sum(_real_bytes(module) for module in packed)
-        before = sum(module.in_features * module.out_features for module in packed)
-        operators = session.probe.operators
-        ran = Counter({n: c for n, c in operators.items() if n.startswith("bitsandbytes::")})
-        evidence: dict[str, str | int | float | bool] = {
-            "layers packed": len(packed),
-            "linear layers": len(linear),
-            "classes": ", ".join(sorted({type(module).__name__ for module in packed})),
-            "bytes before": before * session.model.dtype.itemsize,
-            "bytes after": size,
-            "bits per weight": round(8 * size / before, 3) if before else 0.0,
-            "operators": ", ".join(f"{name}: {count}" for name, count in sorted(ran.items())),
+        packed = {
+            name: module
+            for name, module in session.model.named_modules()
+            if isinstance(module, (Linear4bit, Linear8bitLt))
         }
-        state = getattr(packed[0].weight, "quant_state", None) if packed else None
+        states = [getattr(module.weight, "quant_state", None) for module in packed.values()]
+        state = next(iter(states), None)
+        more: dict[str, str | bool] = {}
         if state is not None:
-            evidence |= {"values": state.quant_type, "scales quantized": bool(state.nested)}
-        yield Receipt(
-            slot="quantize",
+            more = {"values": state.quant_type, "scales quantized": bool(state.nested)}
+        config: Any = session.built["quantize"].config
+        yield packing.receipt(
+            session,
             claim=f"linear layers are kept in {self.bits} bits",
-            evidence=evidence,
-            ok=bool(packed)
-            and ran.total() > 0
-            and self.bits <= 8 * size / before < 2 * self.bits
-            and (state is None) == (self.bits == 8)
+            packed=packed,
+            parts=_parts,
+            plain=_plain,
+            operators=lambda name: name.startswith("bitsandbytes::"),
+            left=getattr(config, "llm_int8_skip_modules", None) or (),
+            bits=self.bits,
+            tolerance=0.03,  # of products in bfloat16, or of inputs in 8 bits
+            more=more,
+            holds=(state is None) == (self.bits == 8)
             and (state is None or state.quant_type == self.quant_type.value)
             and (state is None or state.nested == self.double_quant),
         )
 
-    def _bytes(self, name: str, tensor: TensorSize, dtype: str) -> int:
-        """Return what a tensor of the checkpoint will take."""
-        numbers = prod(tensor.shape)
-        linear = len(tensor.shape) == 2 and name.endswith(".weight")
-        skipped = any(re.match(rf"(?:{p})(?=\.|$)", name) or p in name for p in self.skip_modules)
-        if not linear or skipped or UNQUANTIZED.search(name):
-            return tensor.nbytes if dtype == "auto" else numbers * (4 if dtype == "float32" else 2)
-        if self.bits == 8:
-            return numbers + 4 * tensor.shape[0]
-        blocks = ceil(numbers / 64)
-        scales = blocks + 4 * (ceil(blocks / 256) + 256 + 1) if self.double_quant else 4 * blocks
-        return ceil(numbers / 2) + scales + 4 * 16
-
-
-def _skipped(config: PretrainedConfig, patterns: list[str]) -> list[str]:
-    """Return the patterns and the layers that are left alone by default, which they replace."""
-    import torch
-    from torch import nn
-    from transformers import AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    # A config class that came with the checkpoint was allowed by the recipe, and so is its model.
-    trusted = type(config).__module__.startswith("transformers_modules.")
-    with torch.device("meta"):
-        model = cast(Any, AutoModelForCausalLM).from_config(config, trust_remote_code=trusted)
-    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-    for pattern in patterns:
-        if all(should_convert_module(name, [pattern]) for name in layers):
-            ends = sorted({name.rpartition(".")[2] for name in layers})
-            raise RecipeError(
-                f"quantize.skip_modules: no linear layer of {config.model_type} matches {pattern}",
-                hint=f"their names end in: {', '.join(ends)}; the first is {layers[0]}",
-            )
-    return [*get_keys_to_not_convert(model), *patterns]
-
 
 def _finish(model: PreTrainedModel) -> None:
-    """Refuse a model of which nothing was packed, and keep packed weights as they are.
+    """Keep packed weights as they are.
 
     On CPUs with AVX512-BF16 bitsandbytes would repack them in place at the first forward pass;
     state_dict, save_pretrained and dequantize then silently give garbage (bitsandbytes 0.50.2,
     its issue 2078; seen 2026-11-22).
     """
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-    from torch import nn
+    from bitsandbytes.nn.modules import Linear4bit
 
-    packed = [
-        module for module in model.modules() if isinstance(module, (Linear4bit, Linear8bitLt))
-    ]
-    if not packed:
-        kinds = {type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear)} - {"Linear"}
-        raise RecipeError(
-            f"quantize=bitsandbytes found nothing to pack in {type(model).__name__}: transformers "
-            f"gives it torch.nn.Linear only, and these layers are {', '.join(kinds) or 'skipped'}",
-            hint="quantize=none",
-        )
-    for module in packed:
+    for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
-def _real_bytes(module: Any) -> int:
-    """Return the bytes of a packed weight and of its scales."""
+def _parts(module: Any) -> Iterator[torch.Tensor]:
+    """Yield a packed weight and its scales."""
     weight = module.weight
-    found: list[torch.Tensor | None] = [weight.data]
+    yield weight.data
     state = getattr(weight, "quant_state", None)
     while state is not None:
-        found += [state.absmax, state.code, state.offset]
+        yield from (each for each in (state.absmax, state.code, state.offset) if each is not None)
         state = state.state2
     if hasattr(module, "state"):
         # The scales move from the weight to the layer's state with the first forward pass.
-        scales = weight.SCB if weight.SCB is not None else module.state.SCB
-        found.append(scales)
-    return sum(tensor.numel() * tensor.element_size() for tensor in found if tensor is not None)
+        yield weight.SCB if weight.SCB is not None else module.state.SCB
+
+
+def _plain(module: Any) -> torch.Tensor:
+    """Return the values that a packed weight stands for."""
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    plain: torch.Tensor = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
+    return plain

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
-from engine import hookimpl
+from engine import hookimpl, packing
 from engine.contexts import EstimateContext, Quantization, QuantizeContext, Receipt, Term
 
 if TYPE_CHECKING:
@@ -25,13 +25,9 @@ class Unquantized:
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price the checkpoint's tensors, where their sizes are known."""
-        dtype = context.recipe.model.dtype.value
-        tensors = context.shape.tensors.values()
-        if tensors and dtype == "auto":
-            yield Term(name="weights", bytes=context.shape.weight_bytes or 0)
-        elif tensors:
-            numbers = sum(prod(tensor.shape) for tensor in tensors)
-            yield Term(name="weights", bytes=numbers * (4 if dtype == "float32" else 2))
+        if context.shape.tensors:
+            weights = packing.in_memory(context)
+            yield Term(name="weights", bytes=sum(prod(w.shape) * w.value_bytes for w in weights))
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:

@@ -1,0 +1,124 @@
+"""quantize=torchao: weights in 8 bits, in plain torch, which can be compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from engine import hookimpl, packing
+from engine.contexts import (
+    CheckContext,
+    EstimateContext,
+    Quantization,
+    QuantizeContext,
+    Receipt,
+    Term,
+)
+from engine.errors import Problem
+
+if TYPE_CHECKING:
+    from engine.session import Session
+
+LAYERS = ("Linear",)
+
+
+class Kind(Enum):
+    """What weights are multiplied by what."""
+
+    int8 = "int8"
+    """Integers, one scale per output; made plain again for each product."""
+    float8 = "float8"
+    """8-bit floats (e4m3), one scale per output; made plain again for each product."""
+    int8_dynamic = "int8_dynamic"
+    """Integers by integers: inputs are quantized too, per token, as they come."""
+
+
+@dataclass
+class TorchAo:
+    """Keep the weights of linear layers in 8 bits with torchao, one scale per output.
+
+    "TorchAO: PyTorch-Native Training-to-Serving Model Optimization", Or et al. 2025,
+    arXiv 2507.16099; `int8_dynamic` with a scale per token, as in ZeroQuant, Yao et al. 2022,
+    arXiv 2206.01861, section 4. There is no int4 here: torchao 0.18.0 packs that on GPUs only,
+    with kernels of another package. `skip_modules` are names, ends of names or expressions of
+    layers to leave alone, besides the head, which always is.
+    """
+
+    kind: Kind = Kind.int8
+    skip_modules: list[str] = field(default_factory=list)
+    provides: ClassVar[tuple[str, ...]] = ("weights.packed",)
+
+    @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Refuse a missing library, models without layers that it packs, and idle patterns."""
+        yield from packing.refusals(
+            context,
+            choice="torchao",
+            library="torchao",
+            extra="torchao",
+            kinds=LAYERS,
+            skip=self.skip_modules,
+        )
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price codes and scales, where the checkpoint's tensors are known."""
+
+        def pack(rows: int, columns: int, value_bytes: int) -> tuple[int, int]:
+            # A float32 scale per row; integers have a zero point too, though it is always 0.
+            return rows * columns, rows * (4 if self.kind is Kind.float8 else 5)
+
+        yield from packing.terms(context, pack, kinds=LAYERS, skip=self.skip_modules)
+
+    @hookimpl
+    def quantize(self, context: QuantizeContext) -> Quantization:
+        """Give transformers' config, with every layer by name that stays as it is."""
+        with packing.quiet():
+            from torchao import quantization
+            from transformers import TorchAoConfig
+
+        library: Any = quantization
+        kinds = {
+            Kind.int8: library.Int8WeightOnlyConfig,
+            Kind.float8: library.Float8WeightOnlyConfig,
+            Kind.int8_dynamic: library.Int8DynamicActivationInt8WeightConfig,
+        }
+        left = packing.left_alone(context.config, "torchao", kinds=LAYERS, skip=self.skip_modules)
+        make: Any = TorchAoConfig
+        return Quantization(config=make(kinds[self.kind](), modules_to_not_convert=left))
+
+    @hookimpl
+    def receipts(self, session: Session) -> Iterator[Receipt]:
+        """Count packed layers and their real bytes, and what made or multiplied the values."""
+        import torch
+        from torchao.utils import TorchAOBaseTensor
+
+        packed = {
+            name: module
+            for name, module in session.model.named_modules()
+            if isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
+        }
+        codes = {next(packing.stored(module.weight)).dtype for module in packed.values()}
+        inputs = {getattr(m.weight, "act_quant_kwargs", None) is not None for m in packed.values()}
+        dynamic = self.kind is Kind.int8_dynamic
+        wanted = torch.float8_e4m3fn if self.kind is Kind.float8 else torch.int8
+        config: Any = session.built["quantize"].config
+        yield packing.receipt(
+            session,
+            claim="linear layers are kept in 8 bits",
+            packed=packed,
+            parts=lambda module: packing.stored(module.weight),
+            plain=lambda module: module.weight.dequantize(),
+            # Codes become plain values by a cast; with quantized inputs they are multiplied.
+            operators=lambda name: name == ("aten::_int_mm" if dynamic else "aten::_to_copy"),
+            left=getattr(config, "modules_to_not_convert", None) or (),
+            bits=8,
+            tolerance=0.03 if dynamic else 0.01,
+            more={
+                "codes": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in codes)),
+                "inputs quantized": inputs == {True},
+            },
+            holds=codes == {wanted} and inputs == {dynamic},
+        )
