@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import checkpoint, hookimpl, loading
 from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
@@ -38,6 +38,8 @@ class Random:
     """
 
     seed: int | None = None
+
+    provides: ClassVar[tuple[str, ...]] = ("load.random",)
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
