@@ -1,14 +1,16 @@
 """What the choices of a cache share: layers of our own, which model layers keep keys, and sizes.
 
 A cache of transformers is a list of layers, one for each layer of the model. A choice replaces
-those that keep every token; windows, recurrent states and shared keys stay as transformers has them.
+those that keep every token; windows, recurrent states and shared keys stay as they are there.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from engine.contexts import Receipt
 from engine.errors import Problem
 from engine.shape import WINDOWED
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PretrainedConfig
 
     from engine.contexts import CheckContext
+    from engine.session import Session
     from engine.shape import ModelShape
 
 FULL = "full_attention"
@@ -38,6 +41,8 @@ class Layer:
     def __init__(self) -> None:
         self.parts: dict[str, torch.Tensor] = {}
         self.seen = 0
+        self.dtype: torch.dtype | None = None
+        """The model's number format, once it is known."""
 
     @property
     def is_initialized(self) -> bool:
@@ -105,6 +110,17 @@ class Layer:
         self.parts = {
             name: part.repeat_interleave(repeats, dim=0) for name, part in self.parts.items()
         }
+
+
+def rehearse(layer: Layer, tokens: int) -> Layer:
+    """Return a copy of a layer in use, after `tokens` more of nothing but zeros."""
+    trial = copy.deepcopy(layer)
+    keys, values = (
+        part.new_zeros((part.shape[0], part.shape[1], tokens, part.shape[3]), dtype=layer.dtype)
+        for part in (layer.parts["keys"], layer.parts["values"])
+    )
+    trial.update(keys, values)
+    return trial
 
 
 def cache_of(config: PretrainedConfig, make: Callable[[], Layer]) -> Cache:
@@ -176,3 +192,36 @@ def measure(cache: Cache | None) -> dict[str, str | int]:
         "tokens held": max(lengths, default=0),
         "tokens seen": seen,
     }
+
+
+def prove_packed(
+    session: Session, claim: str, kind: type[Layer], tokens: int = 0, **asked: int
+) -> Receipt:
+    """Measure the bytes of the probe's cache; where it is too short to pack, of a longer text.
+
+    Args:
+        kind: of layer, in place of those that keep every token.
+        tokens: after which it must have packed some.
+        asked: options of the layers.
+    """
+    kept = session.probe.kept
+    layers = getattr(session.probe.cache, "layers", ())
+    ours = [one for one in layers if isinstance(one, kind) and one.parts]
+    size, plain, longer = kept["bytes"], kept["bytes if unquantized"], {}
+    if tokens and ours:
+        trial = rehearse(ours[0], tokens)
+        size, plain = trial.nbytes, trial.plain_bytes
+        longer = {
+            f"bytes of {trial.seen} tokens in a layer": size,
+            f"bytes of {trial.seen} tokens if unquantized": plain,
+        }
+    given = [vars(one).get(name) == value for one in ours for name, value in asked.items()]
+    return Receipt(
+        slot="cache",
+        claim=claim,
+        evidence={**kept, "packed layers": len(ours), **longer},
+        ok=bool(ours)
+        and all(given)
+        and kept["tokens seen"] == kept["tokens sent"]
+        and 0 < int(size) < int(plain),
+    )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine.caching import FULL, Layer, layers_kept, refuse_without_full
+from engine.caching import FULL, Layer, layers_kept, refuse_without_full, rehearse
 from engine.contexts import CheckContext, EstimateContext, Receipt
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
@@ -60,10 +60,9 @@ class EvictingLayer(Layer):
         parts = {"keys": keys, "values": values}
         if self.parts:
             parts = {name: torch.cat([self.parts[name], new], -2) for name, new in parts.items()}
-        offset = self.seen - self.held
+        offset, self.dtype = self.seen - self.held, keys.dtype
         self.seen += keys.shape[-2]
-        kept = {name: self._keep(part, offset) for name, part in parts.items()}
-        self.parts = kept
+        self.parts = {name: self._keep(part, offset) for name, part in parts.items()}
         return parts["keys"], parts["values"]
 
     def _keep(self, part: torch.Tensor, offset: int) -> torch.Tensor:
@@ -309,26 +308,20 @@ def evicted_bytes(context: EstimateContext, layer: EvictingLayer) -> int:
 def prove(session: Session, claim: str, layer: EvictingLayer) -> Receipt:
     """Measure the probe's cache, and how much of a text that overflows it `layer` keeps."""
     kept = session.probe.kept
-    layers = [one for one in getattr(session.probe.cache, "layers", ()) if isinstance(one, Layer)]
+    layers = getattr(session.probe.cache, "layers", ())
     ours = [one for one in layers if isinstance(one, EvictingLayer)]
-    pushed = 0
-    if ours and ours[0].parts:
-        keys, values = (part[:1, :, :1] for part in ours[0].parts.values())
-        pushed = layer.room + 1
-        sizes = ((-1, -1, pushed, -1), (-1, -1, 1, -1))
-        for size in sizes:
-            layer.update(keys.expand(size), values.expand(size))
+    longer = rehearse(ours[0], layer.room) if ours and ours[0].parts else layer
+    left = longer.parts["keys"].shape[-2] if longer.parts else 0
     return Receipt(
         slot="cache",
         claim=claim,
         evidence={
             **kept,
             "layers that forget": len(ours),
-            "of a longer text, tokens seen": layer.seen,
-            "of a longer text, tokens held": layer.parts["keys"].shape[-2] if pushed else 0,
+            "of a longer text, tokens seen": longer.seen,
+            "of a longer text, tokens held": left,
         },
         ok=bool(ours)
         and all(one.room == layer.room and one.seen == kept["tokens sent"] for one in ours)
-        and pushed > 0
-        and layer.parts["keys"].shape[-2] == layer.room < layer.seen,
+        and left == layer.room < longer.seen,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
+from engine.caching import layers_kept
 from engine.contexts import CacheContext, EstimateContext, KeyValues, Receipt, Term
 
 if TYPE_CHECKING:
@@ -15,14 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Dynamic:
-    """Keep keys and values in tensors that grow by each token; sliding layers keep their window."""
+    """Keep keys and values in tensors that grow by each token; sliding layers keep their window.
+
+    The key-value cache of the guide's section 3.2. Between two steps a window lacks its newest
+    token, whose place the next one takes.
+    """
 
     provides: ClassVar[tuple[str, ...]] = ("cache.dynamic", "cache.croppable")
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price keys and values of all tokens, in the model's number format."""
-        kept = context.batch * context.shape.kv_values_kept(context.tokens)
+        layers = layers_kept(context.shape, context.tokens)
+        kept = context.batch * sum(values * tokens for _, values, tokens in layers)
         yield Term(name="KV cache", bytes=kept * context.value_bytes)
 
     @hookimpl
@@ -38,20 +44,12 @@ class Dynamic:
         """Measure what the probe left in the cache."""
         from transformers import DynamicCache
 
-        cache = session.probe.cache
-        layers = getattr(cache, "layers", [])
-        tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        held = int(cache.get_seq_length()) if cache is not None else 0
+        kept = session.probe.kept
         yield Receipt(
             slot="cache",
             claim="keys and values are kept, and grow with the tokens",
-            evidence={
-                "class": type(cache).__name__,
-                "layers": len(layers),
-                "bytes": size,
-                "tokens held": held,
-                "tokens sent": sum(session.probe.tokens),
-            },
-            ok=type(cache) is DynamicCache and size > 0 and held == sum(session.probe.tokens),
+            evidence=kept,
+            ok=type(session.probe.cache) is DynamicCache
+            and int(kept["bytes"]) > 0
+            and kept["tokens seen"] == kept["tokens sent"],
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
+from engine.caching import layers_kept
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
+from engine.rules import Rule
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -25,22 +27,22 @@ class Static:
     """
 
     max_tokens: int | None = None
-    provides: ClassVar[tuple[str, ...]] = ("cache.static",)
+    provides: ClassVar[tuple[str, ...]] = ("cache.static", "cache.unrepeatable")
+    excludes: ClassVar[Mapping[str, str | Rule]] = {
+        "model.alibi": Rule(
+            code="static-alibi",
+            why="the model makes its ALiBi biases for the tokens there are, not for the cache's "
+            "length",
+            hint="cache=dynamic",
+            source="transformers, models/bloom/modeling_bloom.py, build_alibi_tensor",
+            seen="transformers 5.23.0, 2026-11-22",
+        )
+    }
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
         """Refuse lengths that are none, or beyond the model's context."""
         limit = context.reshaped.max_positions if context.reshaped else None
-        if context.shape is not None and "model.alibi" in context.shape.traits:
-            # Its biases are as long as the tokens, the keys as long as the cache: an exception
-            # from the middle of the model (transformers 5.23, seen 2026-11-22).
-            yield Problem(
-                slot="cache",
-                code="cache-unsupported",
-                message=f"cache=static does not run {context.shape.model_type}: transformers "
-                "makes its ALiBi biases for the tokens there are, not for the cache's length",
-                hint="cache=dynamic",
-            )
         if self.max_tokens is None:
             return
         if self.max_tokens < SMALLEST:
@@ -64,7 +66,8 @@ class Static:
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price keys and values of the full length, in the model's number format."""
         tokens = self.max_tokens or context.tokens
-        kept = context.batch * context.shape.kv_values_kept(tokens)
+        layers = layers_kept(context.shape, tokens, newest=True)
+        kept = context.batch * sum(values * length for _, values, length in layers)
         yield Term(name="KV cache", bytes=kept * context.value_bytes)
 
     @hookimpl
@@ -80,22 +83,14 @@ class Static:
         """Measure what the probe left in the cache."""
         from transformers import StaticCache
 
-        cache = session.probe.cache
-        layers = getattr(cache, "layers", [])
-        tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        held = int(cache.get_seq_length()) if cache is not None else 0
-        length = max((tensor.shape[-2] for tensor in tensors), default=0)
+        cache, kept = session.probe.cache, session.probe.kept
+        keys = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", [])]
+        length = max((each.shape[-2] for each in keys if each is not None), default=0)
         yield Receipt(
             slot="cache",
             claim="keys and values lie in tensors allocated once",
-            evidence={
-                "class": type(cache).__name__,
-                "layers": len(layers),
-                "bytes": size,
-                "tokens allocated": length,
-                "tokens held": held,
-                "tokens sent": sum(session.probe.tokens),
-            },
-            ok=type(cache) is StaticCache and held == sum(session.probe.tokens) and length >= held,
+            evidence={**kept, "tokens allocated": length},
+            ok=type(cache) is StaticCache
+            and kept["tokens seen"] == kept["tokens sent"]
+            and length >= int(kept["tokens seen"]),
         )

@@ -1,0 +1,73 @@
+"""cache=offloaded: keys and values in the computer's memory, fetched layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
+
+from engine import hookimpl
+from engine.caching import layers_kept
+from engine.contexts import CacheContext, EstimateContext, KeyValues, Receipt, Term
+from engine.rules import Rule
+
+if TYPE_CHECKING:
+    from engine.session import Session
+
+
+@dataclass
+class Offloaded:
+    """Keep keys and values in the computer's memory, and only two layers' on the GPU.
+
+    While one layer computes, a stream of its own fetches the next one's (transformers,
+    DynamicCache(offloading=True)): the text may grow as long as main memory, and each step waits
+    for the bus. Exact.
+    """
+
+    provides: ClassVar[tuple[str, ...]] = ("cache.dynamic", "cache.croppable", "cache.offloaded")
+    needs: ClassVar[Mapping[str, str | Rule]] = {
+        "target.cuda": Rule(
+            code="offloaded-needs-cuda",
+            why="its layers come and go by a stream of CUDA",
+            hint="cache=dynamic, or target=a100-80gb (engine list target)",
+            source="transformers, cache_utils.Cache.update, torch.cuda.default_stream",
+            seen="transformers 5.23.0, 2026-11-22",
+        )
+    }
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price the two neighboring layers that are on the GPU together at most."""
+        sizes = [
+            values * tokens for _, values, tokens in layers_kept(context.shape, context.tokens)
+        ]
+        # After the last comes the first; layers without keys are passed over.
+        sizes = [size for size in sizes if size]
+        most = max((a + b for a, b in pairwise([*sizes, *sizes[:1]])), default=0)
+        held = min(most, sum(sizes)) * context.batch * context.value_bytes
+        yield Term(name="KV cache, two layers of it", bytes=held)
+
+    @hookimpl
+    def cache(self, context: CacheContext) -> KeyValues:
+        """Give an empty cache."""
+        from transformers import DynamicCache
+
+        return KeyValues(cache=DynamicCache(config=context.config, offloading=True))
+
+    @hookimpl
+    def receipts(self, session: Session) -> Iterator[Receipt]:
+        """Count the layers whose keys and values lie in main memory."""
+        kept = session.probe.kept
+        layers = getattr(session.probe.cache, "layers", [])
+        keys = [layer.keys for layer in layers if getattr(layer, "keys", None) is not None]
+        away = sum(each.device.type == "cpu" for each in keys)
+        yield Receipt(
+            slot="cache",
+            claim="keys and values are kept in main memory, all but those about to be used",
+            evidence={**kept, "layers with keys": len(keys), "of these in main memory": away},
+            ok=getattr(session.probe.cache, "offloading", False)
+            and session.device.type != "cpu"
+            and kept["tokens seen"] == kept["tokens sent"]
+            and away >= len(keys) - 1 > 0,
+        )
