@@ -47,18 +47,18 @@ def rotary_embedding(config: PretrainedConfig) -> Any:
         return _embedding(text)(config=text)
 
 
-def rotate(config: PretrainedConfig) -> Callable[..., torch.Tensor]:
+def rotate(config: PretrainedConfig, rotary_dim: int) -> Callable[..., torch.Tensor]:
     """Return the function by which the model's code turns `[batch, heads, tokens, head_dim]`.
 
-    It takes the states, and the cosines and sines of its rotary embedding, `[batch, tokens, dim]`;
-    numbers of a head beyond `dim` stay as they are.
+    It takes the states, and what the rotary embedding gives: cosines and sines. Numbers of a head
+    beyond `rotary_dim` stay as they are.
     """
     import torch
 
     apply: Any = _code(config.get_text_config()).apply_rotary_pos_emb
 
     def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        turned, rest = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
+        turned, rest = states.split([rotary_dim, states.shape[-1] - rotary_dim], dim=-1)
         # It turns two at a time: the second is empty here.
         turned, _ = apply(turned, turned[:, :0], cos, sin)
         return torch.cat([turned, rest], dim=-1)

@@ -104,8 +104,13 @@ def _blockwise() -> Any:
             made.given, made.bias = given, bias
             return made
 
-        def block(self, rows: slice, columns: slice) -> torch.Tensor:
-            """Make a part, as if it were a mask of its own, further to the right and down."""
+        def block(
+            self, rows: slice, columns: slice, dtype: torch.dtype = torch.float32
+        ) -> torch.Tensor:
+            """Make a part, as if it were a mask of its own, further to the right and down.
+
+            In float32 as the scores are: biases of far tokens are large and close together.
+            """
             (top, bottom, _), (left, right, _) = (
                 each.indices(length)
                 for each, length in zip((rows, columns), self.shape[-2:], strict=True)
@@ -118,16 +123,14 @@ def _blockwise() -> Any:
                 "kv_offset": self.given["kv_offset"] + left,
             }
             found = _visible(given)
-            # In float32, as the scores are: biases of far tokens are large and close together.
-            return found if self.bias is None else _added(found, self.bias, given, torch.float32)
+            return found if self.bias is None else _added(found, self.bias, given, dtype)
 
         @classmethod
         def __torch_dispatch__(
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             def whole(mask: Any) -> torch.Tensor:
-                made: torch.Tensor = mask.block(slice(None), slice(None))
-                return made.to(mask.dtype)
+                return mask.block(slice(None), slice(None), mask.dtype)  # type: ignore[no-any-return]
 
             args, kwargs = tree_map_only(cls, whole, (args, kwargs or {}))
             return func(*args, **kwargs)

@@ -88,7 +88,7 @@ class Alibi:
         tables = [model.get_parameter(name) for name in _tables(dict(model.named_parameters()))]
         left = sum(int(each.count_nonzero()) for each in [*rotating, *tables])
         penalties = bias.penalties.tolist() if bias.penalties is not None else []
-        distance = bias.distance
+        distance = int(bias.distance)
         exact = len(penalties) == len(bias.slopes) and all(
             abs(penalty + slope * distance) <= 1e-6 * distance
             for penalty, slope in zip(penalties, bias.slopes, strict=True)
@@ -110,14 +110,15 @@ class Alibi:
 
 
 class LinearBias:
-    """The bias of the scores, as `engine.contexts.Bias`, and the last one that it gave."""
+    """The bias of the scores, as `engine.contexts.Bias`, and the largest that it gave."""
 
     def __init__(self, slopes: Sequence[float]) -> None:
         self.slopes = tuple(slopes)
         self.calls = 0
-        self.distance = 0
+        self.distance: Any = 0
+        """The largest between a last query and a first key that were asked for."""
         self.penalties: torch.Tensor | None = None
-        """Of the last query and the first key that were asked for, `[heads]`."""
+        """What that cost, `[heads]`."""
 
     def __call__(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Return minus the distance times the slope, `[1, heads, queries, keys]`."""
@@ -126,9 +127,11 @@ class LinearBias:
         slope = torch.tensor(self.slopes, device=keys.device)[None, :, None, None]
         # From each query on, not from the first token: small numbers near it keep their precision.
         found = slope * (keys[None, :] - queries[:, None])
+        corner = found[0, :, -1, 0]
         self.calls += 1
-        self.distance = int(queries[-1] - keys[0])
-        self.penalties = found[0, :, -1, 0]
+        # As tensors: reading them would make a GPU wait.
+        self.distance = (queries[-1] - keys[0]).clamp(min=self.distance)
+        self.penalties = corner.clamp(max=0 if self.penalties is None else self.penalties)
         return found
 
 

@@ -163,7 +163,9 @@ class SelfExtend:
         )
 
     def _reach(self, limit: int) -> int:
-        return (limit - self.window) * self.group_size + self.window
+        # The paper's formula where the window is a multiple of the group; else a little less,
+        # since the shift is rounded: the last position is limit - 1, and never more.
+        return (limit - self.window + self.window // self.group_size) * self.group_size
 
 
 class GroupedScores:
@@ -175,7 +177,7 @@ class GroupedScores:
         self.far: Any = 0
         self._rotary = rotary_embedding(config)
         self.frequencies = int(self._rotary.inv_freq.count_nonzero())
-        self._turn = rotate(config)
+        self._turn = rotate(config, 2 * len(self._rotary.inv_freq))
         self._group, self._window = group_size, window
 
     def __call__(
