@@ -8,12 +8,18 @@ chance gives wrong text without an error (`generate` trusts the length of what i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from engine import cache_file, fingerprint
 from engine.contexts import KeyValues, Receipt
-from engine.errors import RecipeError
-from engine.generate import TextStream, capacity, check_prompt, room_for
-from engine.template import render
+from engine.continuing import common, cut, frequencies, held_at_most, room_needed, tokens_held
+from engine.errors import Problem, RecipeError
+from engine.generate import TextStream, check_prompt, room_for
+from engine.template import render, try_out
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -23,15 +29,22 @@ if TYPE_CHECKING:
 FIRST_CACHE_TOKENS = 4096
 """What a cache of fixed size starts with where the recipe does not say; it doubles when full."""
 
+ANEW = {
+    "decode.beam": "beams leave a cache of their own",
+    "model.recurrent": "the state of the model's layers cannot be continued by several tokens",
+}
+"""Trait → why each turn of a conversation is processed from its beginning."""
+
 
 class Conversation:
     """Messages so far, the tokens they became, and the cache that holds them."""
 
-    def __init__(self, session: Session) -> None:
-        """Start empty.
+    def __init__(self, session: Session, *, system: str | None = None) -> None:
+        """Start with no more than a system message.
 
         Raises:
             RecipeError: when the model has no chat template.
+            CheckpointError: when its chat template fails.
         """
         if not session.tokenizer.chat_template:
             raise RecipeError(
@@ -39,12 +52,69 @@ class Conversation:
                 "not converse",
                 hint="engine run instead, or put a chat_template.jinja beside its tokenizer",
             )
+        try_out(session.tokenizer, system=system is not None)
         self._session = session
         self._values: KeyValues | None = None
+        self._room = 0
         self._ids: list[int] = []
         self._unread: TextStream | None = None
         self.messages: list[dict[str, str]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
         self.receipt: Receipt | None = None
+
+    @classmethod
+    def resume(cls, session: Session, path: Path) -> Conversation:
+        """Go on with a conversation that `save` wrote, in another process perhaps.
+
+        Raises:
+            RecipeError: when its cache was made with a model or choices that differ.
+            CheckpointError: when the file is damaged.
+        """
+        saved = cache_file.read(path)
+        refuse_other(fingerprint.of_session(session), saved.about, path)
+        made = cls(session)
+        made.messages = [dict(each) for each in saved.about["messages"]]
+        made._ids = list(saved.about["token ids"])
+        if saved.cache is not None:
+            made._values = made._allocate(int(saved.about["room"]))
+            made._restore(saved, path)
+        return made
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write messages, tokens and cache to a file; an answer that grows is broken off.
+
+        Raises:
+            RuntimeFailure: when no file can hold this cache, or the file cannot be written.
+        """
+        if self._unread is not None:
+            self._unread.close()
+        cache = self._values.cache if self._values is not None and self._ids else None
+        about = {
+            "recipe": self._session.recipe.name,
+            "recipe digest": self._session.recipe.digest,
+            "made with": fingerprint.of_session(self._session),
+            "versions": {
+                name: metadata.version(name) for name in ("recipe-engine", "transformers", "torch")
+            },
+            "messages": self.messages,
+            "token ids": self._ids,
+            "room": self._room,
+        }
+        room = self._room
+        fresh = None if cache is None else self._allocate(room).cache
+        cache_file.write(Path(path), about, cache, fresh)
+
+    def _restore(self, saved: cache_file.Saved, path: Path) -> None:
+        assert self._values is not None
+        cache = self._values.cache
+        try:
+            if cache is None:
+                raise ValueError("the recipe keeps no cache")
+            cache_file.fill(cache, saved, self._session.device)
+            tokens_held(cache)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise cache_file.damaged(path, f"does not fit this cache: {error}") from error
 
     def send(self, message: str) -> TextStream:
         """Answer `message`. An answer that was not read to its end is broken off by the next.
@@ -60,7 +130,7 @@ class Conversation:
         ids = self._tokens(messages)
         check_prompt(self._session, ids)
         cache, why_anew = self._cache_for(ids)
-        kept = int(cache.get_seq_length()) if cache is not None else 0
+        kept = tokens_held(cache) if cache is not None else 0
         room = room_for(self._session, cache, len(ids))
         self.receipt = None
 
@@ -115,54 +185,70 @@ class Conversation:
 
     def _cache_for(self, ids: list[int]) -> tuple[Cache | None, str]:
         """Return a cache that holds a beginning of `ids`, never all, and why if it is a new one."""
-        needed = len(ids) + self._session.recipe.decode.max_new_tokens
-        limit = self._session.context_tokens
-        needed = needed if limit is None else min(needed, limit)
+        needed = room_needed(self._session, len(ids))
         if self._values is None:
-            self._values = self._allocate(max(needed, FIRST_CACHE_TOKENS))
-            return self._values.cache, "the conversation begins"
+            return self._anew(needed, "the conversation begins")
         cache = self._values.cache
         if cache is None:
             return None, ""
-        held = self._capacity(self._values)
-        if held is None or held >= needed:
-            larger = None
-        else:
-            larger = self._allocate(max(needed, 2 * held))
-            grown = self._capacity(larger)
-            if grown is not None and grown <= held and held > len(ids):
-                larger = None  # no more is to be had: use what there is to its end
-        if larger is None and self._cut(cache, ids):
-            return cache, "" if int(cache.get_seq_length()) else "nothing of it was kept before"
-        self._values = larger or self._allocate(max(needed, FIRST_CACHE_TOKENS))
-        if larger is not None:
-            return self._values.cache, "a larger cache was needed (cache.max_tokens sets its size)"
+        for trait, why in ANEW.items():
+            if trait in self._session.traits:
+                return self._anew(needed, why)
+        if self._frequencies_change(len(ids)):
+            return self._anew(needed, "the frequencies of its positions change with its length")
+        held = held_at_most(self._session, self._values)
+        if held is not None and held < needed:
+            grown = self._larger(needed, held, len(ids))
+            if grown is not None:
+                self._values = grown
+                return grown.cache, "a larger cache was needed (cache.max_tokens sets its size)"
+        # Not even a complete match may stay complete: the model must be given one token at least.
+        same = min(tokens_held(cache), common(self._ids, ids), len(ids) - 1)
+        if cut(self._session, cache, same):
+            return cache, "" if tokens_held(cache) else "nothing of it was kept before"
         choice = self._session.recipe.choices.get("cache")
-        return self._values.cache, f"earlier text changed, and cache={choice} cannot be cut back"
+        return self._anew(needed, f"earlier text changed, and cache={choice} cannot be cut back")
+
+    def _anew(self, needed: int, why: str) -> tuple[Cache | None, str]:
+        self._values = self._allocate(max(needed, FIRST_CACHE_TOKENS))
+        return self._values.cache, why
+
+    def _larger(self, needed: int, held: int, length: int) -> KeyValues | None:
+        """Return a larger cache; None if no more is to be had: use what there is to its end."""
+        room = self._room
+        larger = self._allocate(max(needed, 2 * held))
+        grown = held_at_most(self._session, larger)
+        if grown is not None and grown <= held and held > length:
+            self._room = room
+            return None
+        return larger
+
+    def _frequencies_change(self, length: int) -> bool:
+        session = self._session
+        return frequencies(session, len(self._ids)) != frequencies(session, length)
 
     def _allocate(self, tokens: int) -> KeyValues:
         limit = self._session.context_tokens
-        return self._session.new_cache(1, tokens if limit is None else min(tokens, limit))
+        self._room = tokens if limit is None else min(tokens, limit)
+        return self._session.new_cache(1, self._room)
 
-    def _capacity(self, values: KeyValues) -> int | None:
-        return capacity(values.cache, self._session.shape.sliding_window)
 
-    def _cut(self, cache: Cache, ids: list[int]) -> bool:
-        """Cut off what differs from `ids`; False when the cache cannot be cut."""
-        held = int(cache.get_seq_length())
-        known = min(held, len(self._ids))
-        same = next(
-            (i for i, (a, b) in enumerate(zip(self._ids[:known], ids, strict=False)) if a != b),
-            min(known, len(ids)),
+def refuse_other(here: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> None:
+    """Refuse a conversation whose cache was made otherwise than this session would.
+
+    Raises:
+        RecipeError: with all that differs.
+    """
+    there = about.get("made with")
+    different = fingerprint.differences(here, there if isinstance(there, dict) else {})
+    if different or not isinstance(there, dict):
+        raise RecipeError(
+            Problem(
+                message=f"{path} holds a conversation of another cache than this recipe makes: "
+                f"{'; '.join(different) or 'it does not say which'}",
+                hint=f"resume it with the recipe it was saved with ({about.get('recipe')}), or "
+                "begin anew",
+                code="conversation-differs",
+                where=str(path),
+            )
         )
-        # Not even a complete match may stay complete: the model must be given one token at least.
-        keep = min(same, len(ids) - 1)
-        if keep == held:
-            return True
-        if not cache.is_croppable:
-            return False
-        try:
-            cache.crop(keep - held)
-        except RuntimeError:  # a sliding window that has already moved on
-            return False
-        return int(cache.get_seq_length()) == keep

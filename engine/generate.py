@@ -134,19 +134,30 @@ class TextStream:
                 self._finished(answer.tokens, answer.text, clock.forwarded - clock.discarded)
 
 
-def answer_batch(session: Session, prompts: list[list[int]]) -> list[Output]:
-    """Answer prompts of different lengths together, padded on the left."""
+def answer_batch(
+    session: Session, prompts: list[list[int]], cache: Cache | None = None
+) -> list[Output]:
+    """Answer prompts of different lengths together, padded on the left.
+
+    Args:
+        cache: holds the first columns of all rows, padding included; a new one where it is None.
+    """
     if not prompts:
         return []
     for prompt in prompts:
         check_prompt(session, prompt)
     wanted = session.recipe.decode.max_new_tokens
-    values, room = begin(session, max(prompts, key=len), batch=len(prompts))
+    longest = max(prompts, key=len)
+    if cache is None:
+        values, room = begin(session, longest, batch=len(prompts))
+        cache = values.cache
+    else:
+        room = room_for(session, cache, len(longest))
     clock = Clock(session)
     answers = [Answer(session, prompt, clock) for prompt in prompts]
     session.observe("started", prompt_tokens=sum(map(len, prompts)))
     with reporting(session):
-        with closing(steps(session, prompts, values.cache, min(wanted, room), clock)) as found:
+        with closing(steps(session, prompts, cache, min(wanted, room), clock)) as found:
             growing = list(enumerate(answers))
             for step in found:
                 for row, answer in growing:

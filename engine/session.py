@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from engine.contexts import CacheContext, Chat, Event, KeyValues, Output, Receipt, Stream, Task
@@ -90,6 +92,12 @@ class Session:
             )
 
     @property
+    def traits(self) -> frozenset[str]:
+        """Return what the model and the chosen plugins provide."""
+        provided = (getattr(one.plugin, "provides", ()) for one in self.hooks.chosen)
+        return self.shape.traits.union(*provided)
+
+    @property
     def context_tokens(self) -> int | None:
         """Return how many tokens the model has positions for, or None if it has no limit."""
         return self.shape.max_positions
@@ -138,11 +146,19 @@ class Session:
             pass
         return stream.output
 
-    def chat(self) -> Chat:
-        """Start a conversation; its cache carries over from turn to turn."""
+    def chat(self, resume: str | os.PathLike[str] | None = None) -> Chat:
+        """Start a conversation; its cache carries over from turn to turn.
+
+        Args:
+            resume: a file that `Chat.save` wrote: go on with its conversation, cache and all.
+
+        Raises:
+            RecipeError: when that file was written with a model or choices that differ.
+            CheckpointError: when it is damaged.
+        """
         self._require_open()
         with self.hooks.blaming(self.hooks.slot("task"), "task"):
-            return self.task.chat()
+            return self.task.chat() if resume is None else self.task.chat(resume=Path(resume))
 
     def new_cache(self, batch: int, max_tokens: int) -> KeyValues:
         """Make room for the keys and values of `max_tokens` tokens in each of `batch` sequences."""

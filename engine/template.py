@@ -38,3 +38,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
                 where=str(tokenizer.name_or_path),
             )
         ) from error
+
+
+def try_out(tokenizer: PreTrainedTokenizerBase, *, system: bool = False) -> None:
+    """Render the shortest conversation there is, so that a broken template is told at once.
+
+    Raises:
+        CheckpointError: as `render`.
+    """
+    first = [{"role": "system", "content": "Be brief."}] if system else []
+    render(tokenizer, [*first, {"role": "user", "content": "Hello"}])

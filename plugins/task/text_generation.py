@@ -5,37 +5,62 @@ Source: Optimizing LLMs for Speed and Memory, sections 1 (completion) and 3.2 (c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import hookimpl
-from engine.contexts import Output, Receipt, TaskContext
+from engine.contexts import CheckContext, Output, Receipt, TaskContext
+from engine.continuing import common
 from engine.conversation import Conversation
-from engine.errors import RecipeError
-from engine.generate import TextStream, answer_batch, begin
+from engine.errors import Problem, RecipeError
+from engine.generate import TextStream, answer_batch, begin, check_prompt, room_for
 from engine.probe import probe_model
-from engine.template import render
+from engine.shared_prefix import SharedPrefix
+from engine.template import render, try_out
 
 if TYPE_CHECKING:
     from engine.session import Session
 
+ENDINGS = ("a", " b", "\n1")
+"""Prompts that begin differently: what their tokens have in common is the prefix's alone."""
+
 
 @dataclass
 class TextGeneration:
-    """Complete text with a causal language model."""
+    """Complete text with a causal language model.
+
+    `prefix` is put before each prompt: a long document, or with `chat_template` and in chats the
+    system message. It goes through the model once; each prompt begins with a copy of its keys and
+    values, wherever a text in two parts leaves the same as in one (Optimizing LLMs for Speed and
+    Memory, section 3.2.1).
+    """
 
     chat_template: bool = False
     """Put each prompt into the model's chat template, as one question of a user."""
+    prefix: str | None = None
+    """Text before each prompt."""
+
+    @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Refuse a prefix that is none."""
+        if self.prefix == "":
+            yield Problem(
+                slot="task",
+                code="does-nothing",
+                message="task.prefix is empty, and changes no prompt",
+                hint="task.prefix=null",
+            )
 
     @hookimpl
     def task(self, context: TaskContext) -> TextTask:
         """Supply completion, batches and chats."""
-        return TextTask(context.session, chat_template=self.chat_template)
+        return TextTask(context.session, chat_template=self.chat_template, prefix=self.prefix)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterable[Receipt]:
-        """Show that tokens went through the model."""
+        """Show that tokens went through the model, and how often those of the prefix did."""
         tokens = sum(session.probe.tokens)
         yield Receipt(
             slot="task",
@@ -47,46 +72,89 @@ class TextGeneration:
             },
             ok=tokens > 0,
         )
+        shared = session.built["task"].shared
+        if shared is None:
+            return
+        held = shared.tokens_held
+        yield Receipt(
+            slot="task",
+            claim="the prefix was computed once, and is copied for each prompt"
+            if not shared.refused
+            else f"the prefix is computed for each prompt: {shared.refused}",
+            evidence={
+                "tokens of the prefix": len(shared),
+                "tokens kept of it": held,
+                "prompts that began with a copy": shared.uses,
+                "tokens not forwarded again": shared.saved,
+            },
+            ok=held == (0 if shared.refused else len(shared)),
+        )
 
 
 class TextTask:
     """Completion, batches and chats on one session."""
 
-    def __init__(self, session: Session, *, chat_template: bool) -> None:
+    def __init__(self, session: Session, *, chat_template: bool, prefix: str | None) -> None:
         """Be ready.
 
         Raises:
             RecipeError: when a chat template is asked for and the model has none.
+            CheckpointError: when the chat template fails.
+            RuntimeFailure: when the prefix does not fit the model's context.
         """
         if chat_template and not session.tokenizer.chat_template:
             raise RecipeError(
                 f"{session.recipe.model.path} has no chat template", hint="task.chat_template=false"
             )
+        if chat_template:
+            try_out(session.tokenizer, system=prefix is not None)
         self._session = session
         self._chat_template = chat_template
+        self._prefix = prefix
+        self.shared = None if prefix is None else self._share()
 
     def probe(self) -> None:
-        """Send eight tokens and one more through everything."""
+        """Send eight tokens and one more through everything, and then the prefix."""
         self._session.probe = probe_model(self._session)
+        if self.shared is not None:
+            self.shared.compute()
 
     def stream(self, prompt: str) -> TextStream:
         """Answer piece by piece."""
         ids = self._tokens(prompt)
-        values, room = begin(self._session, ids)
-        return TextStream(self._session, ids, values.cache, room=room)
+        check_prompt(self._session, ids)
+        cache = self.shared.begin(ids) if self.shared is not None else None
+        if cache is None:
+            values, room = begin(self._session, ids)
+            cache = values.cache
+        else:
+            room = room_for(self._session, cache, len(ids))
+        return TextStream(self._session, ids, cache, room=room)
 
     def batch(self, prompts: Sequence[str]) -> list[Output]:
         """Answer all prompts together."""
-        return answer_batch(self._session, [self._tokens(prompt) for prompt in prompts])
+        ids = [self._tokens(prompt) for prompt in prompts]
+        for each in ids:
+            check_prompt(self._session, each)
+        cache = self.shared.begin_batch(ids) if self.shared is not None and ids else None
+        return answer_batch(self._session, ids, cache)
 
-    def chat(self) -> Conversation:
-        """Start a conversation."""
-        return Conversation(self._session)
+    def chat(self, *, resume: Path | None = None) -> Conversation:
+        """Start a conversation, or go on with one that was saved to a file."""
+        if resume is not None:
+            return Conversation.resume(self._session, resume)
+        return Conversation(self._session, system=self._prefix)
+
+    def _share(self) -> SharedPrefix:
+        texts = [self._tokens(ending) for ending in ENDINGS]
+        length = min(common(texts[0], other) for other in texts[1:])
+        return SharedPrefix(self._session, texts[0][:length])
 
     def _tokens(self, prompt: str) -> list[int]:
-        tokenizer = self._session.tokenizer
+        tokenizer, prefix = self._session.tokenizer, self._prefix
         if not self._chat_template:
             # Not verbose: what is too long is refused with numbers, by `begin`.
-            return list(tokenizer(prompt, verbose=False)["input_ids"])
-        text = render(tokenizer, [{"role": "user", "content": prompt}])
+            return list(tokenizer((prefix or "") + prompt, verbose=False)["input_ids"])
+        system = [] if prefix is None else [{"role": "system", "content": prefix}]
+        text = render(tokenizer, [*system, {"role": "user", "content": prompt}])
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
