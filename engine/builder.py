@@ -21,6 +21,7 @@ from engine.contexts import (
 )
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
 from engine.masks import with_bias
+from engine.packing import quiet
 from engine.probe import failing_together
 from engine.recipe import Recipe
 from engine.session import Session
@@ -66,7 +67,8 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
             hint="model.path=FOLDER_OR_HUB_ID",
         )
     progress("importing torch and transformers")
-    source = _read_config(recipe, folder)
+    with quiet():
+        source = _read_config(recipe, folder)
     device = _device()
     if verdict.target.kind != device.type:  # what the target can, this machine may not
         check(recipe, target=Target(name="this machine")).raise_for_problems()

@@ -98,13 +98,25 @@ def _heads(session: Session, probe: Probe) -> Iterator[Contradiction]:
 
 
 def _quantize(session: Session, probe: Probe) -> Iterator[Contradiction]:
-    quantization = session.built["quantize"]
-    packed = sum(map(_is_packed, [*session.model.parameters(), *session.model.buffers()]))
-    says = "weights.packed" in getattr(session.hooks.slot("quantize").plugin, "provides", ())
-    if not packed and (quantization.config is not None or says):
+    quantization, model = session.built["quantize"], session.model
+    plugin = session.hooks.slot("quantize").plugin
+    provides = getattr(plugin, "provides", ())
+    packed = sum(map(_is_packed, [*model.parameters(), *model.buffers()]))
+    if not packed and (quantization.config is not None or "weights.packed" in provides):
         yield "it packs weights", {"packed tensors": 0}
-    elif quantization.config is None and quantization.finish is None and not packed:
-        yield from _idle(session, "quantize")
+    elif not packed and "quantize.unchanged" not in provides:
+        # What `finish` and `prepare` did, if anything, has been done by now.
+        asked = session.recipe.model.dtype.value
+        asked = asked if asked != "auto" else str(session.source_config.dtype or model.dtype)
+        # Some classes keep a few tensors in float32, whatever is asked.
+        usual = {asked.removeprefix("torch."), "float32"}
+        found = {str(tensor.dtype).removeprefix("torch.") for tensor in model.parameters()}
+        if found <= usual:
+            formats = ", ".join(sorted(found))
+            yield (
+                "it changes something",
+                {"formats of weights": formats, "trait it lacks": "quantize.unchanged"},
+            )
 
 
 def _attention(session: Session, probe: Probe) -> Iterator[Contradiction]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import checkpoint, hookimpl
+from engine import hookimpl
 from engine.contexts import CheckContext, Heads, HeadsContext, Receipt, ReshapeContext
 from engine.errors import Problem, RecipeError
 
@@ -177,7 +176,7 @@ def _largest_difference(session: Session, head_dim: int) -> float | None:
     from safetensors import safe_open
     from torch import nn
 
-    stored = checkpoint.tensors(Path(str(session.model.name_or_path)), allow_pickle=True)
+    stored: dict[str, Any] = getattr(session.built["load"], "files", {})
     worst = None
     for kind in (".k_proj", ".v_proj"):
         modules = session.model.named_modules()

@@ -38,6 +38,15 @@ INT4_COMPILED = Rule(
 )
 
 
+CONVERTED = Rule(
+    code="quanto-converted-weights",
+    why="transformers hands quanto the first row alone of a weight that was changed while loading",
+    hint="heads=native, quantize=torchao or quantize=bitsandbytes",
+    source="transformers/integrations/quanto.py, QuantoQuantize.convert",
+    seen="transformers 5.23.0, 2026-11-22",
+)
+
+
 @dataclass
 class Quanto:
     """Keep the weights of linear layers in 8 or 4 bits with optimum-quanto.
@@ -51,6 +60,7 @@ class Quanto:
     bits: int = 8
     skip_modules: list[str] = field(default_factory=list)
     provides: ClassVar[tuple[str, ...]] = ("weights.packed",)
+    excludes: ClassVar[dict[str, Rule]] = {"heads.pooled": CONVERTED}
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
@@ -82,7 +92,9 @@ class Quanto:
                 return rows * columns, rows * value_bytes + beside
             group = _group(columns)
             groups = rows * columns // group
-            return ceil(groups / 2) * group, 2 * groups * value_bytes + beside
+            # A single row gets a scale and a shift for each of its inputs.
+            scales = 2 * (columns if groups == 1 else groups) * value_bytes
+            return ceil(groups / 2) * group, scales + beside
 
         yield from packing.terms(context, pack, kinds=LAYERS, skip=self.skip_modules)
 
