@@ -60,9 +60,10 @@ class Transformers:
 
     `device_map` spreads a model over GPUs, the CPU and the disk, as accelerate does ("Big Model
     Inference" in its documentation): auto, balanced, balanced_low_0, sequential, cpu, or a mapping
-    of modules to cpu, disk, 0, cuda:1, … where `rest` is all that is not named. `max_memory` limits each device
-    ({0: 20GiB, cpu: 60GiB}); naming cpu there allows to offload to it, and `offload_folder` to the
-    disk. With `offload_unpacked` what is offloaded stays unpacked in a quantized model.
+    of modules to cpu, disk, 0, cuda:1, … where `rest` is all that is not named. `max_memory` limits
+    each device ({0: 20GiB, cpu: 60GiB}); naming cpu there allows to offload to it, and
+    `offload_folder` to the disk. With `offload_unpacked` what is offloaded stays unpacked in a
+    quantized model.
     """
 
     allow_pickle: bool = False

@@ -8,9 +8,11 @@ import pytest
 
 from engine import registry
 from engine.testing import PluginContract
+from tests.gguf_files import contract_words
 
 # What a choice needs beside its defaults; a new plugin gets its contract without an entry here.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "load=gguf": {"options": {"file": "F32.gguf"}, "_words": contract_words},
     "heads=grouped": {"options": {"num_key_value_heads": 1}},
     "observe=trace": {"options": {"path": "trace.jsonl"}},
 }
