@@ -31,14 +31,6 @@ INTERFACE = Rule(
     source="transformers, docs/source/en/attention_interface.md",
     seen="transformers 5.23.0, 2026-11-22",
 )
-EVICTING = Rule(
-    code="window-evicting-cache",
-    why="a cache that evicts counts what it kept as if it were the last tokens, so hiding by "
-    "distance would hide others than the old ones",
-    hint="attention=native, for the cache forgets by itself; or cache=dynamic",
-    source="transformers, masking_utils.py: keys are numbered from kv_offset on, without gaps",
-    seen="transformers 5.23.0, 2026-11-22",
-)
 
 
 class Windowed:

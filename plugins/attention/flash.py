@@ -52,6 +52,7 @@ class Flash:
     """
 
     version: Version = Version.v2
+    provides: ClassVar[tuple[str, ...]] = ("attention.flash",)
     needs: ClassVar[Mapping[str, Rule]] = {
         "target.cuda": Rule(
             code="flash-cuda",

@@ -29,7 +29,16 @@ class Sinks:
     window: int = 1020
     provides: ClassVar[tuple[str, ...]] = ("attention.window", "attention.bias")
     needs: ClassVar[Mapping[str, Rule]] = {"model.attention_interface": windows.INTERFACE}
-    excludes: ClassVar[Mapping[str, Rule]] = {"cache.evicting": windows.EVICTING}
+    excludes: ClassVar[Mapping[str, Rule]] = {
+        "cache.evicting": Rule(
+            code="sinks-evicting-cache",
+            why="a cache that forgets old tokens has forgotten the first ones too, or keeps them "
+            "where a mask does not look for them",
+            hint="cache=dynamic; or attention=sdpa, where the cache keeps sinks by itself",
+            source="transformers, masking_utils: kv_offset is one number for all keys",
+            seen="transformers 5.23.0, 2026-11-22",
+        )
+    }
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:

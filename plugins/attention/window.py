@@ -27,7 +27,6 @@ class Window:
     size: int = 1024
     provides: ClassVar[tuple[str, ...]] = ("attention.window", "attention.bias")
     needs: ClassVar[Mapping[str, Rule]] = {"model.attention_interface": windows.INTERFACE}
-    excludes: ClassVar[Mapping[str, Rule]] = {"cache.evicting": windows.EVICTING}
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
