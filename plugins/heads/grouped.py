@@ -173,6 +173,7 @@ def _largest_difference(session: Session, head_dim: int) -> float | None:
     Relative to the largest of them. None where it cannot be told: weights that are packed, on disk,
     or not in safetensors.
     """
+    import torch
     from safetensors import safe_open
     from torch import nn
 
@@ -182,7 +183,8 @@ def _largest_difference(session: Session, head_dim: int) -> float | None:
         modules = session.model.named_modules()
         name, layer = next((name, module) for name, module in modules if name.endswith(kind))
         name = f"{name}.weight"
-        if name not in stored or type(layer) is not nn.Linear or layer.weight.is_meta:
+        packed = type(layer) is not nn.Linear or type(layer.weight.data) is not torch.Tensor
+        if name not in stored or packed or layer.weight.is_meta:
             return None
         with safe_open(str(stored[name].file), framework="pt") as file:
             tensor = file.get_tensor(name).to(layer.weight.dtype)
