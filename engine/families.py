@@ -29,6 +29,8 @@ class Family:
     """Source of its config class, with double quotes."""
     model_code: str = ""
     """Source of its modeling files."""
+    rope_parameters: Mapping[str, Any] = field(default_factory=dict)
+    """What its config class takes for rotary positions where config.json is silent."""
 
     @property
     def traits(self) -> frozenset[str]:
@@ -52,19 +54,6 @@ class Family:
         # Phi-3 and its kin read yarn as another word for longrope.
         found |= {"model.longrope"} if 'in ["su", "yarn"]' in self.config_code else set()
         return frozenset(found | ({"model.known"} if self.known else set()))
-
-    @property
-    def rope_parameters(self) -> Mapping[str, Any]:
-        """Return what its config class takes for rotary positions where config.json is silent."""
-        if '"rope_type"' not in self.config_code and '"type"' not in self.config_code:
-            return {}
-        found = [
-            _entries(node)
-            for node in ast.walk(ast.parse(self.config_code))
-            if isinstance(node, ast.Dict)
-        ]
-        marks = ("rope_type", "type", "full_attention")
-        return next((each for each in found if any(mark in each for mark in marks)), {})
 
     @property
     def partial_rotary_factor(self) -> float:
@@ -92,6 +81,7 @@ def family(model_type: str) -> Family:
             renamed=_renamed(classes[class_name]),
             config_code=ast.unparse(classes[class_name]).replace("'", '"'),
             model_code="\n".join(path.read_text("utf-8") for path in model_files),
+            rope_parameters=_rope_parameters(classes[class_name]),
         )
     except (OSError, LookupError, StopIteration, SyntaxError, ValueError):
         return Family()
@@ -142,6 +132,14 @@ def _renamed(config_class: ast.ClassDef) -> dict[str, str]:
             case ast.Assign(targets=[ast.Name(id="attribute_map")], value=ast.Dict() as names):
                 return dict(ast.literal_eval(names))
     return {}
+
+
+def _rope_parameters(config_class: ast.ClassDef) -> dict[str, Any]:
+    """Return the first mapping in a class that looks as if it told of rotary positions."""
+    nodes = ast.walk(config_class)
+    found = [_entries(node) for node in nodes if isinstance(node, ast.Dict)]
+    marks = ("rope_type", "type", "full_attention")
+    return next((each for each in found if any(mark in each for mark in marks)), {})
 
 
 def _entries(node: ast.Dict) -> dict[str, Any]:
