@@ -35,6 +35,8 @@ CHAT_TEMPLATE = (
 _GROUPED: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
 
+_DRAFT = {**_GROUPED, "num_hidden_layers": 1}
+
 _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _GROUPED),
     "mistral": ("mistral", {**_GROUPED, "sliding_window": 16}),
@@ -131,7 +133,7 @@ FAMILIES = tuple(_SHAPES)
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
     """Return the config of a tiny model; `overrides` win over its values."""
-    model_type, shape = _SHAPES[family]
+    model_type, shape = _SHAPES.get(family, ("llama", _DRAFT))
     values = {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,

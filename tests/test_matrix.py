@@ -15,7 +15,7 @@ QUICK = 150
 
 @pytest.mark.parametrize("cell", matrix.sample(QUICK), ids=lambda cell: cell.name)
 def test_a_pair_is_right_or_refused(cell: matrix.Cell, model: Callable[[str], Path]) -> None:
-    result = matrix.judge(cell, model(cell.family))
+    result = matrix.judge(cell, model)
     assert result.verdict in ("right", "refused"), result.why
     assert result.verdict == "right" or result.why
 
@@ -24,7 +24,7 @@ def test_a_pair_is_right_or_refused(cell: matrix.Cell, model: Callable[[str], Pa
 def test_a_whole_recipe_is_right_or_refused(
     cell: matrix.Cell, model: Callable[[str], Path]
 ) -> None:
-    result = matrix.judge(cell, model(cell.family))
+    result = matrix.judge(cell, model)
     assert result.verdict in ("right", "refused"), result.why
 
 

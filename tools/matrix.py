@@ -80,7 +80,7 @@ def try_one(job: tuple[matrix.Cell, Path]) -> dict[str, Any]:
     """Judge a cell; the models are made once, for all processes."""
     cell, work = job
     start = time.perf_counter()
-    result = matrix.judge(cell, work / "models" / cell.family)
+    result = matrix.judge(cell, (work / "models").__truediv__)
     return {"cell": cell.name, "family": cell.family, "choices": [v.name for v in cell.variants],
             "verdict": result.verdict, "why": result.why, "code": result.code,
             "seconds": round(time.perf_counter() - start, 3)}  # fmt: skip
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     work = arguments.work
     done = {n for n, e in read(work).items() if e["verdict"] not in arguments.again}
     todo = [cell for cell in cells(arguments) if cell.name not in done]
-    for family in sorted({cell.family for cell in todo}):
+    for family in (*{cell.family: None for cell in todo}, matrix.DRAFT):
         if not (work / "models" / family / "tokenizer.json").exists():
             tiny_model(family, work / "models" / family)
     counts: Counter[str] = Counter()
