@@ -282,9 +282,11 @@ class Plain:
         AttentionMaskInterface.register("byhand", eager_mask)
         self.model = auto.from_config(config, dtype=torch.float32).eval()
         self.weights = numbers(session.model)
-        for name, tensor in self.model.state_dict().items():
-            if name in self.weights and self.weights[name].shape == tensor.shape[::-1]:
-                self.weights[name] = self.weights[name].T  # GPT-2 keeps its layers the other way
+        packed = dict(session.model.named_modules())
+        for name, module in self.model.named_modules():
+            if type(module).__name__ == "Conv1D" != type(packed[name]).__name__:
+                # GPT-2 keeps its layers the other way around, and packed ones do not.
+                self.weights[f"{name}.weight"] = self.weights[f"{name}.weight"].T
         self.model.load_state_dict(self.weights, strict=False)
         missing = set(self.model.state_dict()) - set(self.weights)
         assert not missing, f"the reference lacks {sorted(missing)[:3]}"
