@@ -104,6 +104,8 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     attention = hooks.attention(
         AttentionContext(config=session.config, bias=positions.bias, scores=positions.scores)
     )
+    if positions.bias is not None and attention.forward is None:
+        attention = _implementation(session, attention.implementation)
     built.update(
         position_encoding=positions, heads=heads, quantize=quantization, attention=attention
     )
@@ -213,16 +215,14 @@ def _dtype(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> to
 def _register(session: Session, attention: Attention, bias: Bias | None) -> str | None:
     """Register forward and mask under a name of the session's own; with the bias, if there is one.
 
-    An implementation of transformers that adds no bias goes by its own name.
+    An implementation of transformers goes by its own name.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     one = session.hooks.slot("attention")
     forward, mask = attention.forward, attention.mask
     if forward is None or mask is None:
-        if bias is None:
-            return attention.implementation
-        forward, mask = _implementation(session, attention.implementation)
+        return attention.implementation
     if "model.attention_interface" not in session.shape.traits:
         raise RecipeError(
             Problem(
@@ -253,8 +253,8 @@ def _register(session: Session, attention: Attention, bias: Bias | None) -> str 
     return name
 
 
-def _implementation(session: Session, name: str | None) -> tuple[Any, Any]:
-    """Return forward and mask of an implementation of transformers."""
+def _implementation(session: Session, name: str | None) -> Attention:
+    """Return an implementation of transformers as forward and mask, which takes a bias."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     forwards: Any = cast(Any, AttentionInterface)()
@@ -270,7 +270,7 @@ def _implementation(session: Session, name: str | None) -> tuple[Any, Any]:
                 slot="attention",
             )
         )
-    return forwards[name], masks[name]
+    return Attention(forward=forwards[name], mask=masks[name])
 
 
 def _counter(session: Session) -> Callable[[Any, Any, dict[str, Any]], None]:

@@ -171,7 +171,8 @@ class Sdpa:
                 "forward passes": len(session.probe.tokens),
                 **(_heads_given(session, self.kernel) if allowed else {}),
             },
-            ok=implementation == "sdpa"
+            # With a position bias it goes by a name of the session's own.
+            ok=(implementation == "sdpa" or session.built["attention"].forward is not None)
             and allowed
             and calls >= layers * len(session.probe.tokens) > 0,
         )
