@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from engine.errors import RuntimeFailure
 
 if TYPE_CHECKING:
     import torch
-    from transformers import GenerationConfig
+    from transformers import Cache, GenerationConfig
 
     from engine.sampling import Limits, Sampler, Sampling
 
@@ -51,9 +51,14 @@ class Run:
         """What answers steps of one token; the prompt always goes to the model itself."""
         self._kwargs = kwargs
         self._first = True
-        cache = kwargs.get("past_key_values")
-        held = 0 if cache is None else int(cache.get_seq_length())
-        self._lacking = None if cache is None else ids.shape[1] - held
+        held = 0 if self.cache is None else int(self.cache.get_seq_length())
+        self._lacking = None if self.cache is None else ids.shape[1] - held
+
+    @property
+    def cache(self) -> Cache | None:
+        """Return the cache in use: the one that was given, unless the model has begun another."""
+        found: Cache | None = self._kwargs.get("past_key_values")
+        return found
 
     def forward(self, drafts: torch.Tensor | None = None) -> torch.Tensor:
         """Send what the cache lacks through the model, and `drafts`, `[batch, drafts]`, behind it.
@@ -141,7 +146,7 @@ class StepDecoder:
         self.options = options
         self.context = context
         self._lock = threading.RLock()
-        self._closed = False
+        self.closed = False
         # What generate() would warn of, limits above all, the engine has checked before.
         logging.getLogger("transformers.generation").setLevel(logging.ERROR)
 
@@ -149,7 +154,7 @@ class StepDecoder:
         """Yield the tokens of each step."""
         raise NotImplementedError
 
-    def __call__(self, generation: Generation) -> Iterator[Step]:
+    def __call__(self, generation: Generation) -> Generator[Step, None, None]:
         """Yield a `Step` of `batch` token ids at a time; closing the iterator stops.
 
         Raises:
@@ -164,12 +169,14 @@ class StepDecoder:
             while True:
                 # Not held while the reader has its turn: the lock, and the state of gradients.
                 with self._lock, torch.no_grad():
-                    if self._closed:
+                    if self.closed:
                         raise _closed()
                     away += time.perf_counter() - left
                     before = generation.forwarded()
                     ids = next(rows, None)
                     tally.forwarded += generation.forwarded() - before
+                    if self.closed:  # while this step was on its way
+                        raise _closed()
                 if ids is None:
                     return
                 left = time.perf_counter()
@@ -180,7 +187,7 @@ class StepDecoder:
 
     def close(self) -> None:
         """Let what runs come to the end of its step, and no further."""
-        self._closed = True
+        self.closed = True
         with self._lock:
             pass
 

@@ -1,0 +1,166 @@
+"""decode=compiled: one token after the other, each by a compiled step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from shutil import which
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from engine import hookimpl
+from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt
+from engine.decoding import Run, TokenDecoder
+from engine.errors import Problem
+from engine.rules import Rule
+from engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from engine.session import Session
+
+COMPILERS = ("g++", "c++", "clang++")
+GROWING = Rule(
+    code="compiled-growing-cache",
+    why="every token would have shapes of its own, and the step would be compiled again",
+    hint="cache=static",
+    source="huggingface/transformers#37908",
+    seen="transformers 5.23.0, 2026-11-22",
+)
+
+
+@dataclass
+class Compiled(Sampling):
+    """Decode as decode=generate does, with the step of one token compiled by torch.compile.
+
+    The prompt goes to the model as it is; steps read from a cache of fixed size (cache=static), so
+    that their shapes stay the same. On a GPU they are replayed as CUDA graphs. Ansel et al. 2024,
+    doi 10.1145/3620665.3640366. The first answers wait for the compiler, tens of seconds; it
+    compiles again for another batch, and once for another length of the cache. On a CPU it needs
+    a C++ compiler.
+    """
+
+    needs: ClassVar[Mapping[str, Rule]] = {"cache.static": GROWING}
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """Say that steps are compiled."""
+        return (*super().provides, "decode.compiled")
+
+    @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Refuse a machine that cannot compile."""
+        yield from super().check(context)
+        if "target.cpu" in context.traits and not any(map(which, COMPILERS)):
+            yield Problem(
+                slot="decode",
+                code="no-compiler",
+                message="decode=compiled needs a C++ compiler on a CPU, and none of "
+                f"{', '.join(COMPILERS)} is here",
+                hint="apt-get install g++, or decode=generate",
+            )
+
+    @hookimpl
+    def decode(self, context: DecodeContext) -> Decoder:
+        """Give a decoder; it compiles when the first step comes."""
+        return CompiledDecoder(self, context)
+
+    @hookimpl
+    def receipts(self, session: Session) -> Iterator[Receipt]:
+        """Count what torch compiled, in a short run and since."""
+        decoder = session.built["decode"]
+        if not decoder.steps:
+            decoder.warm_up(session)
+        found = decoder.counters
+        yield Receipt(
+            slot="decode",
+            claim="steps of one token are compiled",
+            evidence={
+                "compiled steps": decoder.steps,
+                "graphs": found["graphs"],
+                "operators in them": found["operators"],
+                "graph breaks": found["graph breaks"],
+                "frames compiled": found["frames"],
+                "frames given up": found["given up"],
+            },
+            ok=found["graphs"] > 0 == found["given up"] and found["operators"] > 0 < decoder.steps,
+        )
+
+
+class CompiledDecoder(TokenDecoder):
+    """Call the compiled forward in steps of one token."""
+
+    def __init__(self, options: Compiled, context: DecodeContext) -> None:
+        import torch
+
+        super().__init__(options, context)
+        on_gpu = context.model.device.type == "cuda"
+        self._forward: Any = torch.compile(
+            context.model.forward, fullgraph=True, mode="reduce-overhead" if on_gpu else None
+        )
+        self._on_gpu = on_gpu
+        self.steps = 0
+        self.counters: Counter[str] = Counter()
+
+    def start(self, generation: Generation) -> Run:
+        """Prepare one generation whose steps are compiled."""
+        run = super().start(generation)
+        run.call = self._step
+        return run
+
+    def _step(self, **inputs: Any) -> Any:
+        import torch
+
+        model: Any = self.context.model
+        if self._on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()
+        # Through the model's own call: its hooks, which count tokens, are not compiled.
+        own = vars(model).get("forward")
+        model.forward = self._forward
+        try:
+            with _counted(self.counters):
+                found = model(**inputs)
+        finally:
+            if own is None:
+                del model.forward
+            else:
+                model.forward = own
+        self.steps += 1
+        return found
+
+    def warm_up(self, session: Session) -> None:
+        """Answer a short prompt."""
+        import torch
+
+        ids = torch.arange(3, 7, device=session.device)[None] % session.embedding_rows
+        generation = Generation(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            cache=session.new_cache(1, ids.shape[1] + 3).cache,
+            max_new_tokens=3,
+        )
+        for _ in self(generation):
+            pass
+
+
+@contextmanager
+def _counted(found: Counter[str]) -> Iterator[None]:
+    """Add up what torch.compile does meanwhile."""
+    from torch._dynamo.utils import counters
+
+    before = _now(counters)
+    try:
+        yield
+    finally:
+        found.update({name: value - before[name] for name, value in _now(counters).items()})
+
+
+def _now(counters: Any) -> dict[str, int]:
+    frames = counters["frames"]
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "operators": counters["stats"]["calls_captured"],
+        "graph breaks": sum(counters["graph_break"].values()),
+        "frames": frames["total"],
+        "given up": frames["total"] - frames["ok"],
+    }
