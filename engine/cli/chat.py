@@ -5,31 +5,57 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from engine.cli import common, streams
-from engine.errors import PluginError, RuntimeFailure
+from engine.errors import PluginError, RecipeError, RuntimeFailure
 
 if TYPE_CHECKING:
     from engine.contexts import Chat, Output
+    from engine.recipe import Recipe
     from engine.session import Session
 
 COMMANDS = "/reset starts anew, /exit (or Ctrl-D) ends, Ctrl-C breaks off an answer"
 
 
-def chat(arguments: common.Arguments = None, json: common.Json = False) -> None:
+def chat(
+    arguments: common.Arguments = None,
+    json: common.Json = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the conversation, cache and all, to FILE at the end.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the conversation in FILE.", metavar="FILE", show_default=False
+        ),
+    ] = None,
+) -> None:
     """Converse: one message per line, from the terminal or piped in.
 
     engine chat
 
     printf 'first question\\nsecond question\\n' | engine chat tiny --json
 
+    engine chat --save talk.safetensors
+
+    engine chat --resume talk.safetensors --save talk.safetensors
+
     With --json each turn prints one object on a line: text, token_ids, figures, receipts.
     """
     recipe = common.compose(arguments)
     streams.require_stdin()
+    _look_ahead(recipe, save, resume)
     with common.build(recipe) as session:
-        conversation = session.chat()
+        conversation = session.chat(resume=resume)
         if sys.stdin.isatty():
             print(f"{recipe.model.path}: {COMMANDS}", file=sys.stderr)
         said = False
@@ -44,8 +70,26 @@ def chat(arguments: common.Arguments = None, json: common.Json = False) -> None:
                 print(COMMANDS, file=sys.stderr)
             else:
                 _turn(session, conversation, message, json=json)
+        if said and save is not None:
+            conversation.save(save)
+            print(f"saved to {save} ({save.stat().st_size:,} bytes)", file=sys.stderr)
         if not said:
             print("nothing was said: one message per line, typed or piped in", file=sys.stderr)
+
+
+def _look_ahead(recipe: Recipe, save: Path | None, resume: Path | None) -> None:
+    """Refuse files that cannot be written or resumed, before the model loads."""
+    if save is not None and (save.is_dir() or not save.absolute().parent.is_dir()):
+        raise RecipeError(
+            f"--save {save}: "
+            + ("that is a folder" if save.is_dir() else "there is no such folder"),
+            hint="name a file in a folder that exists",
+        )
+    if resume is not None:
+        from engine import cache_file, conversation, fingerprint
+
+        about = cache_file.read_about(resume)
+        conversation.refuse_other(fingerprint.of_recipe(recipe), about, resume)
 
 
 def _turn(session: Session, conversation: Chat, message: str, *, json: bool) -> None:
