@@ -9,7 +9,7 @@ chance gives wrong text without an error (`generate` trusts the length of what i
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +39,17 @@ ANEW = {
 class Conversation:
     """Messages so far, the tokens they became, and the cache that holds them."""
 
-    def __init__(self, session: Session, *, system: str | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        system: str | None = None,
+        share: Callable[[list[int]], Cache | None] = lambda ids: None,
+    ) -> None:
         """Start with no more than a system message.
+
+        Args:
+            share: gives a cache that holds the beginning of the first tokens already, if it can.
 
         Raises:
             RecipeError: when the model has no chat template.
@@ -54,6 +63,7 @@ class Conversation:
             )
         try_out(session.tokenizer, system=system is not None)
         self._session = session
+        self._share = share
         self._values: KeyValues | None = None
         self._room = 0
         self._ids: list[int] = []
@@ -187,6 +197,11 @@ class Conversation:
         """Return a cache that holds a beginning of `ids`, never all, and why if it is a new one."""
         needed = room_needed(self._session, len(ids))
         if self._values is None:
+            begun = self._share(ids)
+            if begun is not None:
+                self._values = KeyValues(cache=begun)
+                self._room = held_at_most(self._session, self._values) or needed
+                return begun, ""
             return self._anew(needed, "the conversation begins")
         cache = self._values.cache
         if cache is None:

@@ -143,7 +143,10 @@ class TextTask:
         """Start a conversation, or go on with one that was saved to a file."""
         if resume is not None:
             return Conversation.resume(self._session, resume)
-        return Conversation(self._session, system=self._prefix)
+        shared = self.shared
+        if shared is None or not self._chat_template:  # then it is no system message
+            return Conversation(self._session, system=self._prefix)
+        return Conversation(self._session, system=self._prefix, share=shared.begin)
 
     def _share(self) -> SharedPrefix:
         texts = [self._tokens(ending) for ending in ENDINGS]
