@@ -251,6 +251,7 @@ def test_it_works_with_our_choices(good: Path, tiny: Path, run: Command) -> None
     window = ["attention=nearby", f"attention.size={WINDOW}"]
     caches = [["cache=none"], ["cache=dynamic"], ["cache=static"]]
     others = [["cache=half"], ["load=random"], ["quantize=bitsandbytes", "quantize.bits=8"]]
+    others += [["quantize=rows"], ["quantize=rows", "load=random"]]
     cases = [[*window, *more] for more in caches + others]
     found = _drive(run, good, tiny, cases)
     expected = _windowed_tokens(tiny, WINDOW, 5)
@@ -267,7 +268,7 @@ def test_its_author_runs_the_contract_suite(good: Path, run: Command) -> None:
         "--basetemp", str(tests / "tmp"),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert re.search(r"\b4\d passed", done.stdout), done.stdout
+    assert re.search(r"\b7\d passed", done.stdout), done.stdout
 
 
 # -- the bad package ----------------------------------------------------------------------------
@@ -366,6 +367,7 @@ REFUSED = {
     "cache=nothing": "did not take effect: it changes something; .* lacks cache.none",
     "quantize=liar": "did not take effect: it changes something; .* lacks quantize.unchanged",
     "quantize=skipping": "did not take effect: it packs weights; evidence: packed tensors 0",
+    "quantize=finishing": "did not take effect: it changes something; .* lacks quantize.unchanged",
     "heads=liar": "did not take effect: it changes something",
     "position_encoding=liar": "did not take effect: it changes something",
     "task=liar": "did not send anything through the model",

@@ -10,6 +10,7 @@ from io import StringIO
 from typing import Any
 
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import engine
 from engine.errors import EngineError
@@ -31,7 +32,10 @@ def attempt(words: list[str]) -> dict[str, Any]:
 def left_behind() -> list[str]:
     """Return what sessions registered with transformers and did not take back."""
     interfaces = (AttentionInterface, AttentionMaskInterface)
-    return [name for each in interfaces for name in each._global_mapping if "engine" in name]
+    names = [name for each in interfaces for name in each._global_mapping]
+    return [
+        name for name in [*names, *AUTO_QUANTIZER_MAPPING] if "engine" in name or "acme" in name
+    ]
 
 
 def main() -> None:

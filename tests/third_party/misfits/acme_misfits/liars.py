@@ -163,6 +163,17 @@ class SkipsEveryLayer(Liar):
 
 
 @dataclass
+class FinishesNothing(Liar):
+    """Has something to do once the model is loaded, and does not do it."""
+
+    slot = "quantize"
+
+    @hookimpl
+    def quantize(self, context):
+        return Quantization(finish=lambda model: None)
+
+
+@dataclass
 class ClaimsFewerHeads(Liar):
     """Leaves the heads as they are."""
 

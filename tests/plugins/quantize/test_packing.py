@@ -1,0 +1,302 @@
+"""What is packed, what it takes to the byte, and what is refused: for all choices and families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from engine import packing, receipts, verdict
+from engine.contexts import Quantization
+from engine.errors import RecipeError
+from engine.layers import source
+from engine.plugins.quantize import bitsandbytes, quanto
+from engine.recipe import compose
+from engine.session import Session
+from tests.conftest import Build
+from tests.models import FAMILIES, tiny_model
+from tests.plugins.helpers import altered, hints, logits, plain, receipt, relative, shape_of, terms
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "none": ("quantize=none",),
+    "int8": ("quantize=bitsandbytes", "quantize.bits=8"),
+    "nf4": ("quantize=bitsandbytes",),
+    "nf4-double": ("quantize=bitsandbytes", "quantize.double_quant=true"),
+    "torchao-int8": ("quantize=torchao",),
+    "torchao-float8": ("quantize=torchao", "quantize.kind=float8"),
+    "torchao-int8-dynamic": ("quantize=torchao", "quantize.kind=int8_dynamic"),
+    "quanto-int8": ("quantize=quanto",),
+    "quanto-int4": ("quantize=quanto", "quantize.bits=4"),
+}
+REFUSED = {
+    "gpt2": ("torchao", "quanto"),
+    "falcon": ("torchao", "int8", "nf4"),
+    "falcon-rotary": ("torchao", "int8", "nf4"),
+    "deepseek_v3": ("int8",),
+}
+"""Families whose layers a library cannot pack, by the beginning of the choice's name."""
+
+ERRORS = {
+    "torchao-int8": 0.06,
+    "torchao-float8": 0.2,
+    "torchao-int8-dynamic": 0.08,
+    "quanto-int8": 0.06,
+    "quanto-int4": 0.65,
+}
+"""Of logits, on random models 64 wide: far above what a trained model of real width shows."""
+
+
+def packed_parts(session: Session) -> Iterator[tuple[Any, list[torch.Tensor]]]:
+    """Yield each packed layer, and all tensors that stand for its weight, the codes first."""
+    for module in session.model.modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            yield module, list(bitsandbytes._parts(module))
+        elif type(module).__name__ == "QLinear":
+            yield module, list(quanto._parts(module))
+        elif hasattr(getattr(module, "weight", None), "__tensor_flatten__"):
+            yield module, list(packing.stored(module.weight))
+
+
+def allocated(session: Session) -> dict[str, int]:
+    """Return the bytes that are really held: codes and plain weights, and scales."""
+    found = {"weights": 0, "scales": 0}
+    seen = set()
+    for module, parts in packed_parts(session):
+        found["weights"] += parts[0].nbytes
+        found["scales"] += sum(part.nbytes for part in parts[1:])
+        seen |= {id(module.weight), *map(id, parts)}
+    saved: Any = session.model.state_dict(keep_vars=True).values()
+    for tensor in {id(each): each for each in saved if isinstance(each, torch.Tensor)}.values():
+        mine = [id(part) for _, parts in packed_parts(session) for part in parts]
+        if id(tensor) not in seen and id(tensor) not in mine and not _of_packed(session, tensor):
+            found["weights"] += tensor.nbytes
+    return found
+
+
+def _of_packed(session: Session, tensor: torch.Tensor) -> bool:
+    """Tell whether a saved tensor shares memory with a part of a packed weight."""
+    places = {part.data_ptr() for _, parts in packed_parts(session) for part in parts}
+    return type(tensor.data) is torch.Tensor and tensor.data_ptr() in places
+
+
+def priced(session: Session) -> dict[str, int]:
+    shape = verdict.find_shape(session.recipe)[0]
+    assert shape is not None
+    reshaped = replace(shape, kv_heads=session.shape.kv_heads)
+    dtype = session.recipe.model.dtype.value
+    found = terms(session.recipe.quantize, reshaped, 1, dtype=dtype)
+    return {"scales": 0} | {term.name: term.bytes for term in found}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_choice_works_or_is_refused_before_loading(
+    build: Build, model: Callable[[str], Path], family: str
+) -> None:
+    for name in ("int8", "torchao-int8", "quanto-int8", "quanto-int4"):
+        recipe = compose("base", [f"model.path={model(family)}", *CHOICES[name]])
+        problems = [each for each in verdict.check(recipe).problems if each.slot == "quantize"]
+        refused = name.startswith(REFUSED.get(family, ("nothing",)))
+        assert bool(problems) == refused, name
+        if not refused:
+            session = build(*CHOICES[name], family=family)
+            assert priced(session) == allocated(session), name
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_it_is_as_large_as_estimated(build: Build, family: str, name: str, dtype: str) -> None:
+    if not name.startswith(REFUSED.get(family, ("nothing",))):
+        session = build(*CHOICES[name], f"model.dtype={dtype}", family=family)
+        assert priced(session) == allocated(session)
+
+
+@pytest.mark.parametrize("name", ["none", "nf4", "torchao-int8"])
+def test_pooled_heads_are_priced_as_pooled(build: Build, name: str) -> None:
+    session = build(*CHOICES[name], "heads=grouped", "heads.num_key_value_heads=1")
+    assert priced(session) == allocated(session)
+    assert priced(session)["weights"] < priced(build(*CHOICES[name]))["weights"]
+
+
+@pytest.mark.parametrize("columns", [160, 192, 256, 200])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_groups_of_4_bits_are_priced_as_they_are(
+    build: Build, tmp_path: Path, columns: int, dtype: str
+) -> None:
+    folder = tiny_model("llama", tmp_path, intermediate_size=columns, num_hidden_layers=1)
+    words = [*CHOICES["quanto-int4"], f"model.path={folder}", f"model.dtype={dtype}"]
+    session = build(*words)
+    assert priced(session) == allocated(session)
+    group = {160: 32, 192: 96, 256: 128, 200: 200}[columns]
+    told = receipt(session, "quantize").evidence["layers by inputs per scale"]
+    assert f"{group}: 1" in str(told).split(", ")
+
+
+def test_unknown_tensors_have_no_estimate(model: Callable[[str], Path]) -> None:
+    assert terms(quanto.Quanto(), replace(shape_of(model("llama")), tensors={}), 1) == []
+
+
+def test_what_a_checkpoint_ignores_or_ties_is_not_priced(model: Callable[[str], Path]) -> None:
+    shape = shape_of(model("gpt2"))
+    tensor = shape.tensors["transformer.h.0.attn.c_attn.weight"]
+    more = {**shape.tensors, "transformer.h.0.attn.bias": tensor}
+    assert terms(quanto.Quanto(), replace(shape, tensors=more), 1) == terms(
+        quanto.Quanto(), shape, 1
+    )
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "bloom"])
+def test_the_error_is_that_of_the_values(build: Build, family: str, name: str) -> None:
+    session = build(*CHOICES[name], "attention=eager", family=family)
+    reference = plain(Path(session.recipe.model.path))
+    found = logits(session.model)
+    assert 0.001 < relative(found, logits(reference)) < ERRORS[name]
+    with torch.no_grad():
+        for path, module in session.model.named_modules():
+            if hasattr(getattr(module, "weight", None), "dequantize") and path != "":
+                weight: Any = module.weight
+                if type(weight.data) is not torch.Tensor:
+                    reference.get_submodule(path).weight.copy_(weight.dequantize())
+    exact = 0.08 if name == "torchao-int8-dynamic" else 1e-4
+    assert relative(found, logits(reference)) < exact
+
+
+@pytest.mark.parametrize("name", [*ERRORS, "nf4", "int8"])
+def test_layers_can_be_left_alone(build: Build, name: str) -> None:
+    left = "quantize.skip_modules=[down_proj,model.layers.1]"
+    session = build(*CHOICES[name], left)
+    packed = {id(module) for module, _ in packed_parts(session)}
+    names = [name for name, module in session.model.named_modules() if id(module) in packed]
+    assert len(names) == 6
+    assert not [each for each in names if "down_proj" in each or "layers.1" in each]
+    assert priced(session) == allocated(session)
+    assert receipt(session, "quantize").evidence["neither packed nor to be left alone"] == 0
+
+
+@pytest.mark.parametrize("name", ["torchao-int8", "quanto-int8", "int8"])
+def test_a_pattern_that_matches_nothing_is_refused_by_check(
+    model: Callable[[str], Path], name: str
+) -> None:
+    words = [f"model.path={model('llama')}", *CHOICES[name]]
+    recipe = compose("base", [*words, "quantize.skip_modules=[down_proj,fc1]"])
+    (problem,) = verdict.check(recipe).problems
+    assert problem.code == "matches-nothing"
+    assert "matches fc1" in problem.message
+    assert "up_proj" in problem.hint
+    recipe = compose("base", [*words, "quantize.skip_modules=['(']"])
+    (problem,) = verdict.check(recipe).problems
+    assert "no regular expression" in problem.message
+
+
+def test_a_pattern_is_refused_in_the_build_where_no_headers_tell(build: Build) -> None:
+    config = build().source_config
+    with pytest.raises(RecipeError, match="matches fc1") as caught:
+        packing.left_alone(config, "x", kinds=["Linear"], skip=["down_proj", "fc1"])
+    assert "up_proj" in caught.value.problems[0].hint
+    with pytest.raises(RecipeError, match="nothing to pack in llama: its layers are Linear"):
+        packing.left_alone(config, "x", kinds=["Conv1D"], skip=[])
+
+
+def test_patterns_are_read_as_transformers_does() -> None:
+    names = ["model.layers.1.mlp", "model.layers.11.mlp.fc1", "lm_head", "model.h.1"]
+    for pattern in ("model.layers.1", "fc1", "lm_head", r"model\.layers\..*", "mlp", "h.1", "m"):
+        for name in names:
+            assert packing.matches(name, [pattern]) != should_convert_module(name, [pattern])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_told_from_the_source(model: Callable[[str], Path], family: str) -> None:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    reference = plain(model(family))
+    shape = shape_of(model(family))
+    places = [source(shape.model_type).place(name) for name in shape.tensors]
+    told = {p.module: p.kind for p in places if p and p.linear and not p.head}
+    head = reference.get_output_embeddings()
+    real = {
+        name: type(module).__name__
+        for name, module in reference.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    assert told == real
+    assert source(shape.model_type).kinds == set(real.values())
+
+
+@pytest.mark.parametrize("name", list(CHOICES)[1:])
+def test_a_layer_that_computes_otherwise_is_no_proof(
+    build: Build, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = build(*CHOICES[name])
+    plugin: Any = session.recipe.quantize
+    assert all(each.ok for each in plugin.receipts(session))
+    for module, _ in packed_parts(session):
+        monkeypatch.setattr(module, "forward", lambda inputs: inputs.new_zeros(4, 1))
+        break
+    smallest: Any = min(
+        (module for module, _ in packed_parts(session)),
+        key=lambda each: each.in_features * each.out_features,
+    )
+    zeros = smallest.out_features
+    monkeypatch.setattr(smallest, "forward", lambda inputs: inputs.new_zeros(4, zeros))
+    assert not all(each.ok for each in plugin.receipts(session))
+
+
+def test_a_layer_that_was_forgotten_is_no_proof(build: Build) -> None:
+    session = build(*CHOICES["torchao-int8"])
+    plugin: Any = session.recipe.quantize
+    none_left: Any = type("Config", (), {"modules_to_not_convert": []})()
+    built = {**session.built, "quantize": Quantization(config=none_left)}
+    assert not all(each.ok for each in plugin.receipts(altered(session, built=built)))
+    assert not all(each.ok for each in plugin.receipts(build(*CHOICES["quanto-int8"])))
+    assert not all(each.ok for each in plugin.receipts(build()))
+
+
+def test_the_core_believes_nobody_who_packed_nothing(build: Build) -> None:
+    session = build()
+    one = session.hooks.slot("quantize")
+    bare = type("Bare", (), {})()
+
+    def told(finish: Any, model: Any = session.model) -> list[Any]:
+        hooks: Any = type("H", (), {"slot": lambda self, name: replace(one, plugin=bare)})()
+        built = {**session.built, "quantize": Quantization(finish=finish)}
+        known = altered(session, built=built, model=model)
+        known.hooks = hooks
+        return list(receipts._quantize(known, known.probe))
+
+    assert told(None)
+    assert told(lambda model: None)
+    assert not told(lambda model: None, build(*CHOICES["torchao-int8"]).model)
+    assert not told(lambda model: None, build("model.dtype=bfloat16").model)
+
+
+def test_a_quantizer_is_registered_and_taken_back() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    forget = packing.register(QuantizationConfigMixin, HfQuantizer, "of-ours")
+    assert AUTO_QUANTIZER_MAPPING["of-ours"] is HfQuantizer
+    packing.register(QuantizationConfigMixin, HfQuantizer, "of-ours")  # after a failed load
+    with pytest.raises(ValueError, match="has the quant_method of-ours already"):
+        packing.register(QuantizationConfigMixin, type("Other", (), {}), "of-ours")
+    forget()
+    assert "of-ours" not in AUTO_QUANTIZER_MAPPING
+    with pytest.raises(ValueError, match="quanto"):
+        packing.register(QuantizationConfigMixin, HfQuantizer, "quanto")
+
+
+def test_missing_libraries_and_packed_checkpoints_are_refused(
+    model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = shape_of(model("llama"))
+    assert hints(quanto.Quanto(), replace(shape, quantization="awq")) == ["quantize=none"]
+    assert hints(quanto.Quanto(bits=3), shape) == ["quantize.bits=8"]
+    monkeypatch.setattr(packing, "find_spec", lambda name: None)
+    assert hints(quanto.Quanto()) == ['pip install "recipe-engine[quanto]"']
