@@ -134,7 +134,7 @@ def cache_of(config: PretrainedConfig, make: Callable[[], Layer]) -> Cache:
 
     CacheLayerMixin.register(Layer)
     types, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    layers = [
+    layers: list[Any] = [
         make() if kind == FULL else DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
         for kind, given in zip(types, options, strict=True)
     ]

@@ -7,7 +7,7 @@ has a window of its own. And where a batch is padded, the first tokens of each r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +57,10 @@ class EvictingLayer(Layer):
         """Take new keys and values; give them with the kept ones, then forget what is too old."""
         import torch
 
-        parts = {"keys": keys, "values": values}
-        if self.parts:
-            parts = {name: torch.cat([self.parts[name], new], -2) for name, new in parts.items()}
+        # What comes may be a view of queries, keys and values together, and would keep them all.
+        before = self.parts or {"keys": keys[:, :, :0], "values": values[:, :, :0]}
+        new = {"keys": keys, "values": values}
+        parts = {name: torch.cat([before[name], new[name]], -2) for name in new}
         offset, self.dtype = self.seen - self.held, keys.dtype
         self.seen += keys.shape[-2]
         self.parts = {name: self._keep(part, offset) for name, part in parts.items()}
@@ -134,12 +135,12 @@ def _hide(
     layers = [one for one in getattr(cache, "layers", ()) if isinstance(one, EvictingLayer)]
     if not layers:
         return None
-    mask = given.get("attention_mask")
+    mask: Any = given.get("attention_mask")
     if mask is not None and mask.dim() == 2:
         starts = None if bool(mask.all()) else mask.long().argmax(-1, keepdim=True)
         for layer in layers:
             layer.starts = starts
-    ids = args[0] if args else given.get("input_ids", given.get("inputs_embeds"))
+    ids: Any = args[0] if args else given.get("input_ids", given.get("inputs_embeds"))
     visible = layers[0].visible(ids.shape[1])
     if visible is None:
         return None
@@ -221,7 +222,7 @@ def _look_up(
     return table[row, query - seen, key - offset]
 
 
-EXCLUDES: Mapping[str, str | Rule] = {
+EXCLUDES: dict[str, str | Rule] = {
     "model.alibi": Rule(
         code="evicting-alibi",
         why="the model makes its ALiBi biases for all tokens there are, not for those kept",
@@ -247,7 +248,7 @@ EXCLUDES: Mapping[str, str | Rule] = {
 }
 """What no evicting cache goes with."""
 
-SCATTERED: Mapping[str, str | Rule] = {
+SCATTERED: dict[str, str | Rule] = {
     "position.bias": Rule(
         code="sinks-bias",
         why="biases go by the distance of the keys, and masks take keys to be in one piece, where "

@@ -12,8 +12,13 @@ from tests.gguf_files import contract_words
 
 # What a choice needs beside its defaults; a new plugin gets its contract without an entry here.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "cache=fp8": {"exact": False},
+    "cache=quantized": {"options": {"group_size": 8, "residual": 8}, "exact": False},
+    "cache=sinks": {"options": {"sinks": 2, "window": 8}, "exact": False},
+    "cache=sliding": {"options": {"window": 8}, "exact": False},
     "load=gguf": {"options": {"file": "F32.gguf"}, "_words": contract_words},
     "heads=grouped": {"options": {"num_key_value_heads": 1}},
+    "position_encoding=self-extend": {"options": {"window": 64}},
     "observe=trace": {"options": {"path": "trace.jsonl"}},
 }
 

@@ -1,0 +1,101 @@
+"""What cache choices refuse, tried for real: a test that fails tells that a library learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache, masking_utils
+
+from engine.caching import cache_of
+from engine.evicting import EvictingLayer
+from tests.plugins.cache.evicted import batch, in_pieces
+from tests.plugins.helpers import IDS, plain
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_static_alibi(model: Callable[[str], Path], family: str) -> None:
+    tried = plain(model(family))
+    with pytest.raises(RuntimeError, match="size"):
+        tried(
+            input_ids=IDS,
+            attention_mask=torch.ones_like(IDS),
+            past_key_values=StaticCache(config=tried.config, max_cache_len=20),
+        )
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon"])
+def test_evicting_alibi(model: Callable[[str], Path], family: str) -> None:
+    tried = plain(model(family))
+    cache: Any = cache_of(tried.config, lambda: EvictingLayer(5))
+    ids, mask = batch((8,), 8)
+    with pytest.raises(RuntimeError, match="size"):
+        in_pieces(tried, cache, ids, mask, (1,) * 8)
+
+
+def test_evicting_flash() -> None:
+    given = {"batch_size": 1, "q_length": 8, "kv_length": 8, "q_offset": 0, "kv_offset": 0}
+    mask: Any = masking_utils.flash_attention_mask
+    made = mask(**given, mask_function=masking_utils.sliding_window_causal_mask_function(3))
+    assert made is None
+
+
+def test_evicting_scores(model: Callable[[str], Path]) -> None:
+    seen: dict[str, Any] = {}
+
+    def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, **given: Any) -> Any:
+        seen.update(given, keys=key.shape[-2])
+        return torch.zeros_like(query).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("canary", forward)
+    transformers.AttentionMaskInterface.register("canary", masking_utils.sdpa_mask)
+    try:
+        tried = plain(model("llama"), attn_implementation="canary")
+        cache: Any = cache_of(tried.config, lambda: EvictingLayer(5))
+        ids, mask = batch((8,), 8)
+        in_pieces(tried, cache, ids, mask, (1,) * 8)
+    finally:
+        for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+            del interface._global_mapping["canary"]
+    lengths = [each.shape[-1] for each in seen.values() if isinstance(each, torch.Tensor)]
+    assert seen["keys"] == 5
+    assert set(lengths) == {1}  # the query's position, and nothing as long as the keys
+
+
+def _offset_of_each_key(columns: torch.Tensor) -> None:
+    """Make a mask for keys that lie in several places; a padded batch needs that, too."""
+    made: Any = masking_utils.sdpa_mask
+    made(
+        batch_size=1, q_length=1, kv_length=len(columns), q_offset=20,
+        kv_offset=columns - torch.arange(len(columns)), attention_mask=torch.ones(1, 21).bool(),
+    )  # fmt: skip
+
+
+def test_sinks_bias() -> None:
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        _offset_of_each_key(torch.tensor([0, 1, 2, 17, 18, 19, 20]))
+
+
+def test_sinks_window() -> None:
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        _offset_of_each_key(torch.tensor([0, 1, 2, 17, 18, 19, 20]))
+    # With one offset for all, a window hides the first tokens although they are there.
+    seen = masking_utils.sdpa_mask(
+        batch_size=1, q_length=1, kv_length=3 + 5, q_offset=20, kv_offset=20 - 7,
+        mask_function=masking_utils.sliding_window_causal_mask_function(5),
+        allow_is_causal_skip=False,
+    )  # fmt: skip
+    assert seen is not None
+    assert seen[0, 0, 0].tolist() == [False] * 3 + [True] * 5
+
+
+def test_offloaded_needs_cuda(model: Callable[[str], Path]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    config = plain(model("llama")).config
+    with pytest.raises((AssertionError, RuntimeError)):
+        DynamicCache(config=config, offloading=True).update(*torch.zeros(2, 1, 2, 3, 4), 0)
