@@ -50,18 +50,23 @@ def rotary_embedding(config: PretrainedConfig) -> Any:
 def rotate(config: PretrainedConfig, rotary_dim: int) -> Callable[..., torch.Tensor]:
     """Return the function by which the model's code turns `[batch, heads, tokens, head_dim]`.
 
-    It takes the states, and what the rotary embedding gives: cosines and sines. Numbers of a head
-    beyond `rotary_dim` stay as they are.
+    It takes the states, and what the rotary embedding gives: cosines and sines. Of each head, the
+    first `rotary_dim` numbers turn; the last ones in latent attention (DeepSeek).
     """
     import torch
 
-    apply: Any = _code(config.get_text_config()).apply_rotary_pos_emb
+    text = config.get_text_config()
+    apply: Any = _code(text).apply_rotary_pos_emb
+    at_the_end = getattr(text, "qk_rope_head_dim", None) is not None
 
     def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        turned, rest = states.split([rotary_dim, states.shape[-1] - rotary_dim], dim=-1)
+        rest = states.shape[-1] - rotary_dim
+        sizes = [rest, rotary_dim] if at_the_end else [rotary_dim, rest]
+        parts = list(torch.split(states, sizes, dim=-1))
+        moving = parts[at_the_end]
         # It turns two at a time: the second is empty here.
-        turned, _ = apply(turned, turned[:, :0], cos, sin)
-        return torch.cat([turned, rest], dim=-1)
+        parts[at_the_end], _ = apply(moving, moving[:, :0], cos, sin)
+        return torch.cat(parts, dim=-1)
 
     return turn
 

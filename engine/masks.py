@@ -29,7 +29,7 @@ def with_bias(mask: Mask, bias: Bias) -> Mask:
         # Without the leave to skip, a plain causal mask is None, and there would be nothing to add.
         found = mask(**{**given, "allow_is_causal_skip": False, "allow_torch_fix": False})
         if isinstance(found, _blockwise()):
-            return _blockwise()(given, bias)
+            return _blockwise()(given, bias)  # type: ignore[no-any-return]
         return _added(found, bias, given, given.get("dtype") or torch.float32)
 
     return biased
@@ -55,7 +55,7 @@ def by_blocks(rows: int) -> Mask:
 def block_of(mask: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
     """Return `[batch, heads or 1, rows, columns]` of a mask, boolean (True: seen) or additive."""
     if isinstance(mask, _blockwise()):
-        return mask.block(rows, columns)  # type: ignore[no-any-return, attr-defined]
+        return mask.block(rows, columns)  # type: ignore[no-any-return]
     return mask[..., rows, columns]
 
 
@@ -64,8 +64,8 @@ def _visible(given: Mapping[str, Any]) -> torch.Tensor:
     from transformers.masking_utils import sdpa_mask
 
     whole = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    found: torch.Tensor = sdpa_mask(**{**given, **whole})
-    return found
+    found: Any = sdpa_mask(**{**given, **whole})
+    return found  # type: ignore[no-any-return]
 
 
 def _added(
@@ -90,8 +90,11 @@ def _blockwise() -> Any:
     class BlockwiseMask(torch.Tensor):
         """What `sdpa_mask` was asked for. A tensor, since models pass nothing else on."""
 
+        given: Mapping[str, Any]
+        bias: Bias | None
+
         # Results are plain tensors.
-        __torch_function__ = torch._C._disabled_torch_function_impl
+        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
         @staticmethod
         def __new__(cls: Any, given: Mapping[str, Any], bias: Bias | None = None) -> Any:
@@ -126,7 +129,7 @@ def _blockwise() -> Any:
             return found if self.bias is None else _added(found, self.bias, given, dtype)
 
         @classmethod
-        def __torch_dispatch__(
+        def __torch_dispatch__(  # type: ignore[override]
             cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
             def whole(mask: Any) -> torch.Tensor:

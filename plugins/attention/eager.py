@@ -46,7 +46,7 @@ class Eager:
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:
         """Name transformers' implementation, or give one that takes a bias or other scores."""
-        if context.bias is context.scores is None:
+        if context.bias is None and context.scores is None:
             return Attention(implementation="eager")
         from transformers.masking_utils import eager_mask
 

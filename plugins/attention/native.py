@@ -31,7 +31,7 @@ class NativeAttention:
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:
         """Name no implementation, but for a bias or scores, which a model's own may not know."""
-        if context.bias is context.scores is None:
+        if context.bias is None and context.scores is None:
             return Attention()
         from transformers.masking_utils import eager_mask
 

@@ -59,15 +59,7 @@ class SelfExtend:
         "model.attention_interface": "position_encoding=native",
         "attention.scores": "attention=chunked",
     }
-    excludes: ClassVar[dict[str, str | Rule]] = {
-        "model.latent_kv": Rule(
-            code="self-extend-latent-keys",
-            why="a head's rotary part is at its end, and one for all heads; algorithm 1 turns "
-            "whole heads, or their beginning",
-            hint="position_encoding=yarn",
-            source="transformers/models/deepseek_v3/modeling_deepseek_v3.py",
-            seen="transformers 5.23.0, 2026-11-22",
-        ),
+    excludes: ClassVar[dict[str, Rule]] = {
         "cache.evicting": Rule(
             code="self-extend-evicting-cache",
             why="masks know one offset for all keys, so behind a gap the positions of those "
@@ -218,7 +210,8 @@ class GroupedScores:
 def _number(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    mask, ids = kwargs.get("attention_mask"), args[0] if args else kwargs.get("input_ids")
+    ids: Any = args[0] if args else kwargs.get("input_ids")
+    mask: Any = kwargs.get("attention_mask")
     if getattr(mask, "ndim", 0) != 2 or ids is None or kwargs.get("position_ids") is not None:
         return args, kwargs
     return args, {**kwargs, "position_ids": true_positions(mask, ids.shape[1])}

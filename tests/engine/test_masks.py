@@ -40,6 +40,13 @@ def asked(**changes: Any) -> dict[str, Any]:
     return given | changes
 
 
+def whole_mask(**given: Any) -> torch.Tensor:
+    """Return what transformers makes of it."""
+    made = sdpa_mask(**given)
+    assert made is not None
+    return made
+
+
 def bias(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return an uneven bias of two heads."""
     distance = (keys[None] - queries[:, None]).float()
@@ -51,8 +58,7 @@ def bias(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def test_blocks_are_parts_of_the_whole(pattern: str, offset: int) -> None:
     """With `offset`, the cache has dropped its oldest keys."""
     given = asked(mask_function=PATTERNS[pattern], kv_offset=offset, kv_length=23 - offset)
-    whole = sdpa_mask(**given)
-    assert whole is not None
+    whole = whole_mask(**given)
     mask = by_blocks(8)(**given)
     assert mask.shape == whole.shape
     assert mask.dtype is torch.bool
@@ -63,7 +69,7 @@ def test_blocks_are_parts_of_the_whole(pattern: str, offset: int) -> None:
 
 def test_any_operator_makes_all_of_it() -> None:
     mask = by_blocks(8)(**asked())
-    whole = sdpa_mask(**asked())
+    whole = whole_mask(**asked())
     assert type(mask) is not torch.Tensor
     assert type(~mask) is torch.Tensor
     assert (~mask).equal(~whole)
@@ -74,7 +80,7 @@ def test_any_operator_makes_all_of_it() -> None:
 def test_few_queries_get_a_plain_mask() -> None:
     mask = by_blocks(20)(**asked())
     assert type(mask) is torch.Tensor
-    assert mask.equal(sdpa_mask(**asked()))
+    assert mask.equal(whole_mask(**asked()))
 
 
 def test_a_mask_is_never_left_out() -> None:
@@ -87,7 +93,7 @@ def test_a_mask_is_never_left_out() -> None:
 def test_a_bias_is_added_where_something_is_seen(dtype: torch.dtype) -> None:
     given = asked(dtype=dtype)
     found = with_bias(sdpa_mask, bias)(**given)
-    seen = sdpa_mask(**given).expand(-1, 2, -1, -1)
+    seen = whole_mask(**given).expand(-1, 2, -1, -1)
     expected = bias(torch.arange(20) + 3, torch.arange(23)).to(dtype).expand(2, -1, -1, -1)
     assert found.dtype is dtype
     assert found[seen].equal(expected[seen])

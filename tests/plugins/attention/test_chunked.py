@@ -54,10 +54,10 @@ def test_it_is_so_with_every_cache(build: Build, family: str, cache: str) -> Non
     assert [output.token_ids for output in session.generate(PROMPTS)] == expected
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remember the largest tensor that an operator made."""
 
-    numbers = 0
+    numbers: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -71,9 +71,9 @@ def largest(model: Any, tokens: int, cache: bool) -> int:
     ids = torch.full((1, tokens), 5)
     kept = StaticCache(model.config, max_cache_len=tokens + 8) if cache else None
     # The decoder alone: logits are as many as the vocabulary is large.
-    with Largest() as found:
+    with Largest() as found:  # type: ignore[no-untyped-call]
         model.model(ids, attention_mask=torch.ones_like(ids), past_key_values=kept, use_cache=cache)
-    return found.numbers
+    return int(found.numbers)
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -140,7 +140,7 @@ def test_heads_that_share_keys_do_not_copy_them() -> None:
     arguments, _ = case()
     module, query, key, value, _mask = arguments
     wide = (module, query[..., :1, :], *(each.repeat(1, 1, 100, 1) for each in (key, value)), None)
-    with Largest() as found:
+    with Largest() as found:  # type: ignore[no-untyped-call]
         BlockAttention(1, 2000)(*wide)
     assert found.numbers <= wide[2].numel()
 

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import transformers
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 
+from engine.contexts import AttentionContext
+from engine.masks import with_bias
 from engine.plugins.attention.eager import Eager
 from tests.conftest import Build
-from tests.plugins.helpers import hints, logits, plain, probe, receipt, relative, shape_of, verdict
+from tests.plugins.helpers import (
+    hints,
+    logits,
+    plain,
+    probe,
+    receipt,
+    refusals,
+    relative,
+    shape_of,
+    verdict,
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_bigcode", "bloom"])
@@ -22,17 +36,36 @@ def test_logits_are_those_of_plain_transformers(build: Build, family: str) -> No
     assert found.evidence["fused attention operators"] == 0
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "gpt2", "deepseek_v3"])
+def test_its_own_formula_is_that_of_every_model(build: Build, family: str) -> None:
+    """A bias of nothing: what the engine's forward computes, the model's own code does as well."""
+    folder = Path(build(family=family).recipe.model.path)
+    reference = plain(folder)
+    nothing: Any = lambda queries, keys: torch.zeros(1, 4, len(queries), len(keys))  # noqa: E731
+    made = Eager().attention(AttentionContext(config=reference.config, bias=nothing))
+    AttentionInterface.register("own", made.forward)
+    AttentionMaskInterface.register("own", with_bias(made.mask, nothing))
+    try:
+        own = plain(folder, attn_implementation="own")
+        assert relative(logits(own), logits(reference)) < 1e-6
+    finally:
+        for interface in (AttentionInterface, AttentionMaskInterface):
+            del interface._global_mapping["own"]
+
+
+def test_the_receipt_tells_whose_code_it_was(build: Build) -> None:
+    assert receipt(build("attention=eager"), "attention").evidence["code"] == "the model's own"
+    session = build("attention=eager", "position_encoding=alibi")
+    found = receipt(session, "attention").evidence
+    assert (found["code"], found["softmax operators"]) == ("the engine's", 4)
+
+
 def test_falcon_with_alibi_is_refused(model: Callable[[str], Path]) -> None:
-    assert hints(Eager(), shape_of(model("falcon"))) == ["attention=sdpa"]
+    """That it is still wrong, `tests/rules` tries."""
+    (problem,) = refusals(Eager(), shape_of(model("falcon")))
+    assert (problem.code, problem.hint) == ("falcon-alibi-eager", "attention=sdpa")
+    assert "modeling_falcon.py" in problem.source
     assert hints(Eager(), shape_of(model("falcon-rotary"))) == hints(Eager()) == []
-
-
-@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="seen in 5.23")
-def test_falcon_with_alibi_is_still_wrong(model: Callable[[str], Path]) -> None:
-    """When this fails, transformers was mended, and the refusal can name the versions."""
-    folder = model("falcon")
-    fused = logits(plain(folder, attn_implementation="sdpa"))
-    assert relative(logits(plain(folder)), fused) > 0.01
 
 
 def test_a_fused_kernel_contradicts_it(build: Build) -> None:

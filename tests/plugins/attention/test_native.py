@@ -8,7 +8,7 @@ from engine.contexts import Attention, AttentionContext
 from engine.plugins.attention.native import NativeAttention
 from tests.conftest import Build
 from tests.models import tiny_config
-from tests.plugins.helpers import probe, receipt, verdict
+from tests.plugins.helpers import logits, probe, receipt, verdict
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,17 @@ def test_it_tells_what_transformers_chose(build: Build, family: str, implementat
 
 def test_it_names_nothing() -> None:
     assert NativeAttention().attention(AttentionContext(config=tiny_config("llama"))) == Attention()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_with_a_bias_it_is_the_formula_in_plain_torch(build: Build, family: str) -> None:
+    """Gemma 2 and gpt-oss have no SDPA, which could do neither their caps nor their sinks."""
+    session = build("position_encoding=alibi", family=family)
+    found = receipt(session, "attention").evidence
+    assert int(found["softmax operators"]) >= 4
+    assert found["fused attention operators"] == 0
+    eager = build("position_encoding=alibi", "attention=eager", family=family)
+    assert logits(session.model).equal(logits(eager.model))
 
 
 def test_no_attention_is_no_proof(build: Build) -> None:

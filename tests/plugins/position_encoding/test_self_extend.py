@@ -148,7 +148,9 @@ def test_it_reaches_beyond_the_context(build: Build) -> None:
     assert session.generate(prompt).token_ids == reference.greedy(prompt, 4)
 
 
-@pytest.mark.parametrize("family", ["llama", "olmo2", "starcoder2", "phi3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family", ["llama", "olmo2", "starcoder2", "phi3", "gpt_oss", "deepseek_v3"]
+)
 def test_within_the_window_nothing_changes(build: Build, family: str) -> None:
     words = ("position_encoding=self-extend", "position_encoding.window=120", "attention=eager")
     session = build(*words, family=family)
