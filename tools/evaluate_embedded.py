@@ -1,6 +1,9 @@
 """Measure the embedded model: loss, bits per byte, held-out prompts and the guide's dialogue.
 
 python tools/evaluate_embedded.py [--model PATH] [--dtype float32|bfloat16|nf4] [--json]
+python tools/evaluate_embedded.py --draft [--model PATH]
+
+The second measures a draft model: its loss, and how many of its guesses the embedded model takes.
 """
 
 from __future__ import annotations
@@ -17,7 +20,10 @@ import catalogue  # type: ignore[import-not-found]
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-MODEL = Path(__file__).resolve().parent.parent / "recipes" / "embedded"
+import engine
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+MODEL, DRAFT = RECIPES / "embedded", RECIPES / "embedded-draft"
 LENGTH = 512
 SEED = 0
 LIBRARY_ROWS = 128
@@ -197,17 +203,46 @@ def evaluate(path: Path, dtype: str, count: int = 100) -> dict[str, Any]:
     }
 
 
+def drafting(draft: Path, count: int) -> dict[str, Any]:
+    """Let a draft guess for the embedded model, on held-out prompts, in float32."""
+    model, tokenizer = load(draft, "float32")
+    found: dict[str, Any] = {**validation(model, tokenizer), "parameters": model.num_parameters()}
+    words = [f"model.path='{MODEL}'", "model.dtype=float32", "decode.max_new_tokens=128"]
+    assisted = [*words, "decode=assisted", f"decode.draft='{draft}'"]
+    totals = dict.fromkeys(("prompts", "tokens", "passes", "drafted", "accepted", "equal"), 0)
+    with (
+        engine.build(engine.compose("base", words)) as plain,
+        engine.build(engine.compose("base", assisted)) as session,
+    ):
+        passes: list[int] = []
+        session.model.register_forward_pre_hook(lambda *_: passes.append(1))
+        for drawn in catalogue.held_out_samples(SEED, count):
+            prompt = "".join(drawn.segments[:-1])
+            output = session.generate(prompt)
+            totals["prompts"] += 1
+            totals["tokens"] += output.figures.new_tokens
+            totals["drafted"] += output.figures.drafted_tokens or 0
+            totals["accepted"] += output.figures.accepted_tokens or 0
+            totals["equal"] += output.token_ids == plain.generate(prompt).token_ids
+        totals["passes"] = len(passes)
+    return {**found, **totals}
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--draft", action="store_true", help="measure a draft model")
+    parser.add_argument("--model", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "nf4"), default="float32")
     parser.add_argument("--prompts", type=int, default=100, help="held-out prompts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = evaluate(arguments.model, arguments.dtype, arguments.prompts)
+    if arguments.draft:
+        print(json.dumps(drafting(arguments.model or DRAFT, arguments.prompts), indent=2))
+        return
+    found = evaluate(arguments.model or MODEL, arguments.dtype, arguments.prompts)
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
