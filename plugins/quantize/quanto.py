@@ -59,7 +59,7 @@ class Quanto:
 
     bits: int = 8
     skip_modules: list[str] = field(default_factory=list)
-    provides: ClassVar[tuple[str, ...]] = ("weights.packed",)
+    provides: ClassVar[tuple[str, ...]] = ("weights.packed", "weights.unsavable")
     excludes: ClassVar[dict[str, Rule]] = {"heads.pooled": CONVERTED}
 
     @hookimpl
