@@ -29,12 +29,6 @@ if TYPE_CHECKING:
 FIRST_CACHE_TOKENS = 4096
 """What a cache of fixed size starts with where the recipe does not say; it doubles when full."""
 
-ANEW = {
-    "decode.beam": "beams leave a cache of their own",
-    "model.recurrent": "the state of the model's layers cannot be continued by several tokens",
-}
-"""Trait → why each turn of a conversation is processed from its beginning."""
-
 
 class Conversation:
     """Messages so far, the tokens they became, and the cache that holds them."""
@@ -206,9 +200,8 @@ class Conversation:
         cache = self._values.cache
         if cache is None:
             return None, ""
-        for trait, why in ANEW.items():
-            if trait in self._session.traits:
-                return self._anew(needed, why)
+        if "decode.beam" in self._session.traits:
+            return self._anew(needed, "beams leave a cache of their own")
         if self._frequencies_change(len(ids)):
             return self._anew(needed, "the frequencies of its positions change with its length")
         held = held_at_most(self._session, self._values)

@@ -24,7 +24,6 @@ UNSHARED = {
     "cache.quantized": "its rounding depends on the parts in which a text comes",
     "cache.evicting": "what it forgets depends on the parts in which a text comes",
     "cache.offloaded": "it cannot be copied",
-    "model.recurrent": "the model's layers keep a state that cannot be cut back",
     "decode.beam": "beams need a cache of their own",
 }
 """Trait → why a prefix is computed for each prompt."""
@@ -152,9 +151,10 @@ def _repeat(cache: Cache, columns: int, pads: Sequence[int]) -> bool:
         return cat([padded(tensor[..., : columns - pad, :], (0, 0, pad, 0)) for pad in pads])
 
     for layer in cache.layers:
-        tensors = {name for name, held in vars(layer).items() if _counts(held)}
+        if {name for name, held in vars(layer).items() if _counts(held)} != {"keys", "values"}:
+            return False
         whole = (columns + 1, 0) == tuple(layer.get_mask_sizes(1))
-        if tensors != {"keys", "values"} or not whole or layer.keys.shape[-2] != columns:
+        if not whole or layer.keys.shape[-2] != columns:
             return False
     if min(pads) < 0 or max(pads) >= columns:
         return False

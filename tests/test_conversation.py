@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import engine
 from engine.contexts import Generation
 from engine.conversation import Conversation
-from engine.errors import RuntimeFailure
+from engine.errors import RecipeError, RuntimeFailure
 from engine.generate import capacity
 from engine.session import Session
 from tests import plain
@@ -47,6 +47,78 @@ def test_each_turn_equals_a_fresh_run(build: Build, cache: str, family: str) -> 
     session = build(f"cache={cache}", "decode.max_new_tokens=6", family=family)
     for _, ids, new in _converse(session):
         assert new == _fresh(session, ids, len(new))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "lfm2", "qwen3_next", "bloom"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sinks", "sliding"])
+@pytest.mark.parametrize("decode", ["generate", "prompt-lookup"])
+def test_each_turn_equals_a_fresh_run_or_is_refused(
+    build: Build, cache: str, decode: str, family: str
+) -> None:
+    words = [f"cache={cache}", f"decode={decode}", "decode.max_new_tokens=6"]
+    try:
+        session = build(*words, family=family)
+    except RecipeError as refusal:
+        pytest.skip(f"refused: {refusal.problems[0].message}")
+    for chat, ids, new in _converse(session):
+        assert new == _fresh(session, ids, len(new))
+        assert chat.receipt is not None
+        assert chat.receipt.ok
+        assert chat.receipt.claim == (
+            "this turn processed only what was new"
+            if len(chat.messages) > 2
+            else "this turn processed everything: the conversation begins"
+        )
+
+
+def test_keys_of_other_frequencies_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LongRoPE rotates a long text otherwise: keys of the short one do not fit it."""
+    positions = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 128,
+    }
+    folder = tiny_model("llama", tmp_path, rope_parameters=positions, max_position_embeddings=512)
+    words = [f"model.path={folder}", "model.dtype=float32", "decode.max_new_tokens=6"]
+    session = engine.build(engine.compose("base", words))
+    turns = ["many words, " * 8, "more words, and " * 4, "end"]
+
+    def right() -> list[bool]:
+        found = []
+        chat = Conversation(session)
+        for turn in turns:
+            stream = chat.send(turn)
+            for _ in stream:
+                pass
+            new = stream.output.token_ids
+            given = torch.tensor([chat._ids[: -len(new)]])
+            model: Any = session.model
+            expected = model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=6, do_sample=False
+            )
+            found.append(new == expected[0, given.shape[1] :].tolist())
+            assert chat.receipt is not None
+            assert chat.receipt.ok
+        assert len(chat._ids) > 128
+        return found
+
+    assert right() == [True] * 3
+    monkeypatch.setattr("engine.conversation.frequencies", lambda *_: 0)
+    assert right() != [True] * 3
+    session.close()
+
+
+def test_beams_begin_each_turn_anew(build: Build) -> None:
+    session = build("decode=beam", "decode.max_new_tokens=6")
+    for chat, _, _ in _converse(session):
+        assert chat.receipt is not None
+        assert chat.receipt.evidence["from_cache"] == 0
+    assert chat.receipt.claim.endswith("beams leave a cache of their own")
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -30,7 +30,9 @@ def _shared(session: Session) -> Any:
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "bloom"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "gpt2", "bloom", "deepseek_v3", "gpt_oss", "lfm2", "qwen3_next"]
+)
 def test_tokens_are_those_of_the_whole_text(build: Build, cache: str, family: str) -> None:
     try:
         session = build(*WORDS, f"cache={cache}", family=family)
