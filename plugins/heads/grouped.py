@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from engine import hookimpl
 from engine.contexts import CheckContext, Heads, HeadsContext, Receipt, ReshapeContext
 from engine.errors import Problem, RecipeError
+from engine.families import family
+from engine.shape import read_shape
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +21,11 @@ if TYPE_CHECKING:
 
     from engine.session import Session
     from engine.shape import ModelShape
+
+ALWAYS = "its code has as many key/value heads as query heads, always"
+WIDTHS = 2
+"""Keys have one width, and values may have another."""
+SHARED = "its {} works on all key/value heads at once, and there is no mean of that"
 
 
 @dataclass
@@ -33,21 +41,13 @@ class GroupedHeads:
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
-        """Refuse models without separate projections, and numbers that do not divide."""
+        """Refuse models whose heads cannot be pooled, and numbers that do not divide."""
         shape = context.shape
         if shape is None:
             return
         wanted, there = self.num_key_value_heads, shape.kv_heads
-        if "model.split_kv" not in shape.traits:
-            yield Problem(
-                slot="heads",
-                code="heads-unsupported",
-                message=f"heads=grouped pools k_proj and v_proj, which {shape.model_type} has not: "
-                "its queries, keys and values share one matrix",
-                hint="heads=native",
-            )
-        elif "model.known" in shape.traits and "model.kv_heads" not in shape.traits:
-            yield _always_as_many(shape.model_type)
+        if why := _unpoolable(shape):
+            yield _unsupported(shape.model_type, why)
         elif wanted == there:
             yield Problem(
                 slot="heads",
@@ -86,17 +86,21 @@ class GroupedHeads:
         """Give a config with fewer heads, and converters for weights and biases."""
         config = copy.deepcopy(context.config)
         text = config.get_text_config()
-        there = getattr(text, "num_key_value_heads", None)
-        if not there:
-            raise RecipeError(_always_as_many(text.model_type))
-        if self.num_key_value_heads not in _divisors(there)[:-1]:
+        shape = read_shape(config.to_dict())
+        why = _unpoolable(shape) if "model.known" in shape.traits else ""
+        for layer, option in _shared_layers(shape.model_type).items():
+            if not why and getattr(text, option, False):
+                why = SHARED.format(layer)
+        if why:
+            raise RecipeError(_unsupported(shape.model_type, why))
+        wanted, there = self.num_key_value_heads, shape.kv_heads
+        if wanted not in _divisors(there)[:-1]:
             raise RecipeError(
-                f"heads=grouped cannot pool {there} key/value heads into "
-                f"{self.num_key_value_heads}",
-                hint=f"heads.num_key_value_heads={_nearest(self.num_key_value_heads, there)}",
+                f"heads=grouped cannot pool {there} key/value heads into {wanted}",
+                hint=f"heads.num_key_value_heads={_nearest(wanted, there)}",
             )
-        text.num_key_value_heads = self.num_key_value_heads
-        return Heads(config=config, converters=_converters(_head_dim(text)))
+        text.num_key_value_heads = wanted
+        return Heads(config=config, converters=_converters(wanted))
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
@@ -112,13 +116,14 @@ class GroupedHeads:
         }
         rows = {int(module.out_features) for module in projections.values()}
         evidence: dict[str, str | int | float | bool] = {
-            "kv heads before": session.source_config.get_text_config().num_key_value_heads,
+            "kv heads before": read_shape(session.source_config.to_dict()).kv_heads,
             "kv heads after": text.num_key_value_heads,
             "projections": len(projections),
             "rows of each": ", ".join(map(str, sorted(rows))),
         }
         pooled = _were_pooled(session)
-        worst = _largest_difference(session, _head_dim(text)) if pooled else None
+        heads = self.num_key_value_heads
+        worst = _largest_difference(session, heads) if pooled else None
         if worst is not None:
             evidence["largest difference from the checkpoint's mean"] = worst
         yield Receipt(
@@ -128,19 +133,69 @@ class GroupedHeads:
             else "the model was made with this many key/value heads; there were none to pool",
             evidence=evidence,
             # Not 0: a GPU adds in another order than the CPU that recomputes.
-            ok=rows == {self.num_key_value_heads * _head_dim(text)}
+            ok=heads * _head_dim(text) in rows
+            and not any(each % heads for each in rows)
+            and len(rows) <= WIDTHS
             and (worst or 0.0) <= torch.finfo(model.dtype).eps,
         )
 
 
-def _always_as_many(model_type: str) -> Problem:
+def _unsupported(model_type: str, why: str) -> Problem:
     return Problem(
         slot="heads",
         code="heads-unsupported",
-        message=f"heads=grouped: the code of {model_type} has as many key/value heads as query "
-        "heads, always",
+        message=f"heads=grouped cannot pool the heads of {model_type}: {why}",
         hint="heads=native",
     )
+
+
+def _unpoolable(shape: ModelShape) -> str:
+    """Return why a model's heads cannot be pooled; '' if they can."""
+    kept = {values for values in shape.kv_values if values}
+    if "model.latent_kv" in shape.traits:
+        return "keys and values of all heads are made from one latent vector (MLA)"
+    if "model.split_kv" not in shape.traits:
+        return "it has no k_proj and v_proj; queries, keys and values share one matrix"
+    if "model.known" in shape.traits and "model.kv_heads" not in shape.traits:
+        return ALWAYS
+    if not kept:
+        return "none of its layers keeps keys and values"
+    if len(kept) > 1:
+        return "its layers have key/value heads of different numbers or sizes"
+    code = family(shape.model_type).model_code
+    following = _following(code)
+    # Where the language model is another family's, this one's code says nothing about it.
+    if "self.k_proj" in code and "AutoModel" not in code and not {"k_proj"} <= following.keys():
+        return ALWAYS
+    for layer, option in following.items():
+        if layer in ("k_proj", "v_proj"):
+            continue
+        if any(f".{layer}." in name for name in shape.tensors) or not (shape.tensors or option):
+            return SHARED.format(layer)
+    return ""
+
+
+def _shared_layers(model_type: str) -> dict[str, str]:
+    """Return layers over all key/value heads that a config switches on, and its word for that."""
+    following = _following(family(model_type).model_code)
+    return {layer: option for layer, option in following.items() if option}
+
+
+def _following(code: str) -> dict[str, str]:
+    """Return the layers whose size follows the number of key/value heads.
+
+    And, where a switch of the config decides whether they are there, its name.
+    """
+    made = r"^( +)self\.(\w+) = (?:\w+\.)*\w+\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)"
+    found = {}
+    for match in re.finditer(made, code, re.MULTILINE):
+        indent, name, given = match.groups()
+        if "num_key_value_heads" in given:
+            outside = rf"^ {{1,{len(indent) - 1}}}(?! )(.*)$"
+            *_, above = re.findall(outside, code[: match.start()], re.MULTILINE) or [""]
+            switch = re.match(r"if (?:self|config)\.(\w+):", above)
+            found[name] = switch[1] if switch else ""
+    return found
 
 
 def _divisors(number: int) -> list[int]:
@@ -155,9 +210,9 @@ def _head_dim(text: PretrainedConfig) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
-def _pool(tensor: torch.Tensor, rows: int, head_dim: int) -> torch.Tensor:
+def _pool(tensor: torch.Tensor, rows: int, heads: int) -> torch.Tensor:
     """Average neighboring heads: `[kv_heads * head_dim, …]` → `[rows, …]`, in float32."""
-    grouped = tensor.float().reshape(rows // head_dim, -1, head_dim, *tensor.shape[1:])
+    grouped = tensor.float().reshape(heads, -1, rows // heads, *tensor.shape[1:])
     return grouped.mean(dim=1).flatten(0, 1).to(tensor.dtype)
 
 
@@ -167,7 +222,7 @@ def _were_pooled(session: Session) -> bool:
     return any("k_proj.weight" in conversion.source_patterns for conversion in used)
 
 
-def _largest_difference(session: Session, head_dim: int) -> float | None:
+def _largest_difference(session: Session, heads: int) -> float | None:
     """Return how far the first layer's keys and values are from means of the checkpoint's.
 
     Relative to the largest of them. None where it cannot be told: weights that are packed, on disk,
@@ -188,14 +243,15 @@ def _largest_difference(session: Session, head_dim: int) -> float | None:
             return None
         with safe_open(str(stored[name].file), framework="pt") as file:
             tensor = file.get_tensor(name).to(layer.weight.dtype)
-        mean = tensor.float().unflatten(0, (layer.out_features // head_dim, -1, head_dim)).mean(1)
+        size = layer.out_features // heads
+        mean = tensor.float().unflatten(0, (heads, -1, size)).mean(1)
         mean = mean.flatten(0, 1).to(layer.weight.dtype)
         distance = (mean - layer.weight.detach().cpu()).abs().max() / mean.abs().max()
         worst = max(worst or 0.0, float(distance))
     return worst
 
 
-def _converters(head_dim: int) -> list[WeightConverter]:
+def _converters(heads: int) -> list[WeightConverter]:
     """Return what pools k_proj and v_proj while they load, before they are quantized."""
     from transformers.core_model_loading import ConversionOps, WeightConverter
 
@@ -224,8 +280,8 @@ def _converters(head_dim: int) -> list[WeightConverter]:
             ((_, (tensor,)),) = input_dict.items()
             layer = known["model"].get_submodule(known["full_layer_name"].rpartition(".")[0])
             rows = layer.out_features
-            if rows < tensor.shape[0] and tensor.shape[0] % rows == 0 == rows % head_dim:
-                tensor = _pool(tensor, rows, head_dim)
+            if rows < tensor.shape[0] and tensor.shape[0] % rows == 0 == rows % heads:
+                tensor = _pool(tensor, rows, heads)
             return {target_patterns[0]: tensor}
 
         @property

@@ -12,13 +12,19 @@ from tests.gguf_files import contract_words
 
 # What a choice needs beside its defaults; a new plugin gets its contract without an entry here.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "attention=window": {"options": {"size": 8}, "exact": False},
+    "attention=sinks": {"options": {"sinks": 2, "window": 8}, "exact": False},
     "cache=fp8": {"exact": False},
     "cache=quantized": {"options": {"group_size": 8, "residual": 8}, "exact": False},
     "cache=sinks": {"options": {"sinks": 2, "window": 8}, "exact": False},
     "cache=sliding": {"options": {"window": 8}, "exact": False},
     "load=gguf": {"options": {"file": "F32.gguf"}, "_words": contract_words},
     "heads=grouped": {"options": {"num_key_value_heads": 1}},
+    "position_encoding=dynamic": {"overrides": ("cache=none",)},
+    "position_encoding=learned": {"family": "gpt2"},
+    "position_encoding=longrope": {"options": {"long_factor": [1.0, 1.5, 2, 2.5, 3, 3.5, 4, 4]}},
     "position_encoding=self-extend": {"options": {"window": 64}},
+    "position_encoding=sinusoidal": {"family": "gpt2"},
     "observe=trace": {"options": {"path": "trace.jsonl"}},
 }
 

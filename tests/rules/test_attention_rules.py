@@ -13,14 +13,13 @@ import transformers
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import StaticCache
 from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
 
 from engine.plugins.attention import sinks
 from tests.conftest import Build
 from tests.plugins.attention.windowed import greedy
 from tests.plugins.helpers import IDS, plain
-
 
 NONE = r"No (viable|available)"
 
@@ -150,9 +149,12 @@ def test_sdpa_kernel_gqa() -> None:
 
 def test_softcap_is_refused_by_sdpa(model: Callable[[str], Path]) -> None:
     """Why windows compute such models in their own plain torch."""
-    folder = model("gemma2")
-    assert not AutoModelForCausalLM._model_mapping[type(plain(folder).config)]._supports_sdpa
-    forward = transformers.integrations.sdpa_attention.sdpa_attention_forward
+    from transformers.integrations import sdpa_attention
+
+    with pytest.raises(ValueError, match="attention implementation"):
+        loaded(model("gemma2"), "sdpa")
+    forward: Any = sdpa_attention.sdpa_attention_forward
     assert "s_aux" not in inspect.signature(forward).parameters
+    given = torch.zeros(1, 1, 1, 8)
     with pytest.raises(ValueError, match="softcap"):
-        forward(torch.nn.Module(), *[torch.zeros(1, 1, 1, 8)] * 3, None, softcap=30.0)
+        forward(torch.nn.Module(), given, given, given, None, softcap=30.0)

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import conversion_mapping
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from engine.contexts import HeadsContext
-from engine.errors import EngineError, RecipeError
+from engine.contexts import HeadsContext, ReshapeContext
+from engine.errors import CheckpointError, EngineError, RecipeError
 from engine.plugins.heads.grouped import GroupedHeads
+from engine.shape import read_shape
 from tests.conftest import Build
 from tests.models import tiny_config, tiny_model
 from tests.plugins.helpers import (
@@ -126,15 +129,67 @@ def test_what_cannot_be_pooled_is_refused(model: Callable[[str], Path], build: B
     assert hints(GroupedHeads(3), replace(llama, kv_heads=12)) == []
     assert hints(GroupedHeads(5), replace(llama, kv_heads=12)) == ["heads.num_key_value_heads=4"]
     assert hints(GroupedHeads(0), llama) == ["heads.num_key_value_heads=1"]
-    assert hints(GroupedHeads(1), shape_of(model("gpt2"))) == ["heads=native"]
     assert len(hints(GroupedHeads(1), replace(llama, quantization="bitsandbytes"))) == 1
     assert hints(GroupedHeads(1)) == []
-    (told,) = refusals(GroupedHeads(1), shape_of(model("opt")))
-    assert "as many key/value heads as query heads, always" in told.message
     with pytest.raises(RecipeError, match="as many key/value heads as query heads"):
         GroupedHeads(1).heads(HeadsContext(config=tiny_config("opt")))
     with pytest.raises(RecipeError, match="cannot pool 2"):
         GroupedHeads(2).heads(HeadsContext(config=build().config))
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gpt2", "share one matrix"),
+        ("phi3", "share one matrix"),
+        ("opt", "as many key/value heads as query heads, always"),
+        ("olmo2", "its k_norm works on all key/value heads at once"),
+        ("deepseek_v3", "one latent vector"),
+    ],
+)
+def test_layouts_without_heads_to_pool_are_refused(
+    model: Callable[[str], Path], family: str, why: str
+) -> None:
+    (told,) = refusals(GroupedHeads(1), shape_of(model(family)))
+    assert (told.code, told.hint) == ("heads-unsupported", "heads=native")
+    assert why in told.message
+
+
+def test_norms_that_a_config_switches_on() -> None:
+    """Cohere's norm spans all heads; where it is switched off, nothing is in the way."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    for on in (False, True):
+        config = AutoConfig.for_model("cohere", use_qk_norm=on, **sizes)
+        assert hints(GroupedHeads(1), read_shape(config.to_dict())) == []  # it cannot tell yet
+        if on:
+            with pytest.raises(RecipeError, match="its k_norm works on all"):
+                GroupedHeads(1).heads(HeadsContext(config=config))
+        else:
+            GroupedHeads(1).heads(HeadsContext(config=config))
+
+
+def test_check_and_build_agree_on_every_model_type() -> None:
+    """With the config that each type has by default, and half of its key/value heads."""
+    disagree, pooled = [], 0
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config: Any = AutoConfig.for_model(model_type)
+            shape = read_shape(config.to_dict())
+        except (ValueError, CheckpointError, StrictDataclassError):
+            continue  # without defaults that make a model
+        plugin = GroupedHeads(max(1, shape.kv_heads // 2))
+        refused = bool(hints(plugin, shape))
+        try:
+            made = read_shape(plugin.heads(HeadsContext(config=config)).config.to_dict())
+        except RecipeError:
+            disagree += [] if refused else [f"{model_type}: refused late"]
+            continue
+        reshaped = plugin.reshape(ReshapeContext(recipe=None, shape=shape))  # type: ignore[arg-type]
+        if refused or reshaped is None or made.kv_values != reshaped.kv_values:
+            disagree.append(f"{model_type}: refused {refused}, or reshaped otherwise")
+        pooled += 1
+    assert not disagree
+    assert pooled > 60
 
 
 def test_made_up_weights_claim_no_means(build: Build) -> None:
