@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -259,16 +259,20 @@ class _Filling:
             pairs = [(self.made(key, None, name), each) for key, each in value]
             return {key: self.made(each, there.get(key), f"{name}.{key}") for key, each in pairs}
         if kind in ("list", "tuple"):
-            there = list(now) if isinstance(now, list | tuple) else []
-            there += [None] * (len(value) - len(there))
-            items = [self.made(v, there[n], f"{name}.{n}") for n, v in enumerate(value)]
+            before: list[Any] = list(now) if isinstance(now, list | tuple) else []
+            before += [None] * (len(value) - len(before))
+            items = [self.made(v, before[n], f"{name}.{n}") for n, v in enumerate(value)]
             return items if kind == "list" else tuple(items)
         if kind in ("class", "enum"):
             told = value if now is None or kind == "enum" else _name(now)
             if now is None or value != told:
                 raise ValueError(f"{name} is {value} in the file, and {now} here")
             return now if kind == "class" else type(now)[value]
-        made = {"float": float, "dtype": partial(getattr, torch), "device": self._home}
+        made: dict[str, Callable[[Any], Any]] = {
+            "float": float,
+            "dtype": partial(getattr, torch),
+            "device": self._home,
+        }
         return made[kind](value)
 
     def _home(self, kind: str) -> torch.device:

@@ -150,7 +150,8 @@ def _repeat(cache: Cache, columns: int, pads: Sequence[int]) -> bool:
     def rows(tensor: Tensor) -> Tensor:
         return cat([padded(tensor[..., : columns - pad, :], (0, 0, pad, 0)) for pad in pads])
 
-    for layer in cache.layers:
+    layers: list[Any] = list(cache.layers)
+    for layer in layers:
         if {name for name, held in vars(layer).items() if _counts(held)} != {"keys", "values"}:
             return False
         whole = (columns + 1, 0) == tuple(layer.get_mask_sizes(1))
@@ -158,7 +159,7 @@ def _repeat(cache: Cache, columns: int, pads: Sequence[int]) -> bool:
             return False
     if min(pads) < 0 or max(pads) >= columns:
         return False
-    for layer in cache.layers:
+    for layer in layers:
         layer.keys, layer.values = rows(layer.keys), rows(layer.values)
     return True
 

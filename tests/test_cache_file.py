@@ -61,7 +61,7 @@ def test_another_session_goes_on_exactly(
     file = tmp_path / "talk.safetensors"
     chat = _saved(session, file)
     expected = [_say(chat, message) for message in ("go on", "and on")]
-    again = build(*words, family=family).chat(resume=file)
+    again: Any = build(*words, family=family).chat(resume=file)
     assert again.messages == chat.messages[:4]
     found = [_say(again, "go on")]
     receipt = again.receipt
@@ -144,8 +144,9 @@ def test_other_weights_of_the_same_shape_are_refused(build: Build, tmp_path: Pat
     file = tmp_path / "talk.safetensors"
     _saved(build(*WORDS), file)
     other = build(*WORDS)
+    model: Any = other.model
     with torch.no_grad():
-        other.model.model.layers[1].mlp.up_proj.weight.add_(0.001)  # type: ignore[union-attr,index,operator]
+        model.model.layers[1].mlp.up_proj.weight.add_(0.001)
     with pytest.raises(RecipeError, match="the model's weights"):
         other.chat(resume=file)
 
@@ -204,11 +205,11 @@ def test_values_that_are_not_finite_are_not_saved_and_not_read(
         session.chat(resume=file)
 
 
-class Knowing(DynamicLayer):
+class Knowing(DynamicLayer):  # type: ignore[no-untyped-call]
     """A layer that holds what no file can."""
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        self.lock = (each for each in ())
+        self.lock = iter(())
         return super().update(*args, **kwargs)
 
 
@@ -223,7 +224,7 @@ def test_a_cache_that_no_file_can_hold_is_told(
     )
     chat = session.chat()
     _say(chat, "hello")
-    with pytest.raises(RuntimeFailure, match=r"cache.layers.0.lock is a generator"):
+    with pytest.raises(RuntimeFailure, match=r"cache.layers.0.lock is a tuple_iterator"):
         chat.save(tmp_path / "talk.safetensors")
     assert not list(tmp_path.iterdir())
 

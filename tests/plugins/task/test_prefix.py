@@ -63,6 +63,15 @@ def test_no_cache_answers_otherwise_than_without_sharing(build: Build, cache: st
     assert (int(last.evidence["tokens not forwarded again"]) > 0) == (not _shared(session).refused)
 
 
+@pytest.mark.parametrize("decode", ["prompt-lookup", "beam"])
+def test_other_decoders_answer_as_without_sharing(build: Build, decode: str) -> None:
+    session = build(*WORDS, f"decode={decode}")
+    whole = build(f"decode={decode}", "decode.max_new_tokens=6")
+    assert bool(_shared(session).refused) == (decode == "beam")
+    for prompt in PROMPTS:
+        assert session.generate(prompt).token_ids == whole.generate(PREFIX + prompt).token_ids
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_only_the_prompts_own_tokens_go_through_the_model(build: Build, cache: str) -> None:
     session = build(*WORDS, f"cache={cache}")
