@@ -27,7 +27,7 @@ class Static:
     """
 
     max_tokens: int | None = None
-    provides: ClassVar[tuple[str, ...]] = ("cache.static", "cache.unrepeatable")
+    provides: ClassVar[tuple[str, ...]] = ("cache.static",)
     excludes: ClassVar[Mapping[str, str | Rule]] = {
         "model.alibi": Rule(
             code="static-alibi",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,10 @@ def test_what_cannot_be_is_refused(model: Callable[[str], Path]) -> None:
     assert hints(Sliding(window=16), shape_of(model("gemma3"))) == []
     (problem,) = refusals(Sliding(), shape_of(model("mistral")))
     assert problem.code == "does-nothing"
+    mixed = replace(shape, layer_types=("full_attention", "hybrid"))
+    (problem,) = refusals(Sliding(), mixed)
+    assert problem.code == "cache-unsupported"
+    assert "hybrid" in problem.message
     assert hints(Sliding()) == []
 
 
