@@ -108,10 +108,11 @@ class IntegerLayer(Layer):
     def _to_rows(self, blocks: torch.Tensor) -> torch.Tensor:
         rows = blocks.transpose(2, 3).flatten(3)
         group = math.gcd(self.group_size, rows.shape[3])
-        return rows.reshape(*rows.shape[:3], -1, group)
+        return rows.reshape(*rows.shape[:3], rows.shape[3] // group, group)
 
     def _from_rows(self, rows: torch.Tensor, heads: int) -> torch.Tensor:
-        return rows.reshape(*rows.shape[:3], heads, -1).transpose(2, 3)
+        size = rows.shape[3] * rows.shape[4] // heads
+        return rows.reshape(*rows.shape[:3], heads, size).transpose(2, 3)
 
     def _blocks(self, name: str) -> torch.Tensor:
         """Return the blocks as numbers `[batch, heads, tokens, size]`."""
