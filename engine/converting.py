@@ -65,11 +65,10 @@ REFUSED = {
     ),
     "load.offloaded": Rule(
         code="convert-offloaded",
-        why="what is offloaded is converted shard by shard, which fails where one weight of the "
-        "model is many in the files",
-        hint="load.device_map=null",
-        source="transformers modeling_utils.py, save_pretrained",
-        seen="transformers 5.23.0, 2026-11-22",
+        why="the copy is loaded again whole, to be compared, and needs the memory that was missing",
+        hint="load.device_map=null, on a machine with more memory",
+        source="engine/converting.py",
+        seen="recipe-engine 0.1.0, 2026-11-22",
     ),
 }
 """Trait → why what has it cannot be written."""

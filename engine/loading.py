@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from typing import TYPE_CHECKING, Any
 
 from engine import checkpoint
@@ -108,11 +109,14 @@ def changed(before: dict[str, torch.Tensor], model: PreTrainedModel) -> list[str
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' warnings and progress bars from the terminal: faults are errors here."""
+    """Keep warnings and progress bars from the terminal: faults are errors here."""
     from transformers import utils
 
     logging: Any = utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    accelerate = getLogger("accelerate")  # tells what it offloads, which the receipt does
+    its_level = accelerate.level
+    accelerate.setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -120,6 +124,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        accelerate.setLevel(its_level)
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

@@ -141,5 +141,11 @@ def installed(requirement: str) -> bool:
 
 
 def _module(method: str) -> str:
-    renamed = {"fp8": "finegrained_fp8", "mxfp8": "finegrained_fp8", "bitsandbytes": "bnb_4bit"}
+    renamed = {
+        "bitsandbytes": "bnb_4bit",
+        "bitsandbytes_4bit": "bnb_4bit",
+        "bitsandbytes_8bit": "bnb_8bit",
+        "fp8": "finegrained_fp8",
+        "mxfp8": "finegrained_fp8",
+    }
     return renamed.get(method, method.replace("-", "_"))

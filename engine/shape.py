@@ -146,7 +146,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         kv_values=reader.kv_values(layer_types, heads, kv_heads, head_dim),
         sliding_window=window,
         dtype=reader.dtype(),
-        quantization=_text(reader.mapping("quantization_config").get("quant_method")),
+        quantization=reader.quantization(),
         remote_code=not family(reader.model_type).known and bool(config.get("auto_map")),
         traits=frozenset(reader.traits(position, layer_types, sizes)),
         tensors=MappingProxyType(sizes),
@@ -404,6 +404,12 @@ class _Reader:
         """Return the longest text that the model was made for."""
         # ALiBi has no end, but MPT makes its biases once, for max_seq_len tokens.
         return self.optional(*(("max_seq_len",) if position == "alibi" else POSITIONS))
+
+    def quantization(self) -> str | None:
+        """Return what packed the weights; the first configs of bitsandbytes do not say its name."""
+        given = self.mapping("quantization_config")
+        old = given.get("load_in_8bit") or given.get("load_in_4bit")
+        return _text(given.get("quant_method")) or ("bitsandbytes" if old else None)
 
     def dtype(self) -> str | None:
         """Return the number format that the checkpoint names."""

@@ -114,6 +114,15 @@ def test_converted_weights_are_offloaded_converted(build: Build, tmp_path: Path)
     gc.collect()
 
 
+def test_the_terminal_stays_quiet(
+    build: Build, model: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model("llama")
+    capfd.readouterr()
+    build(f"load.device_map={LAYER}", f"load.offload_folder={tmp_path}").generate("def add")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_offloaded_files_are_removed_with_the_model(
     model: Callable[[str], Path], tmp_path: Path
 ) -> None:

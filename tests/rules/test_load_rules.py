@@ -1,0 +1,91 @@
+"""What `load` and `engine convert` refuse still fails, tried with transformers alone.
+
+A test that fails here means that a library has learned something: take the rule away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig
+
+from tests.gguf_files import write_gguf
+from tests.models import tiny_config, tiny_model
+from tests.plugins.helpers import IDS
+
+Model = Callable[[str], Path]
+
+PLACES = {
+    "model.embed_tokens": "cpu",
+    "model.layers": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def load(folder: Path, **options: Any) -> Any:
+    auto: Any = AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def packing(bits: int, **options: Any) -> Any:
+    make: Any = BitsAndBytesConfig
+    return make(load_in_4bit=bits == 4, load_in_8bit=bits == 8, **options)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_offload(model: Model, tmp_path: Path, bits: int) -> None:
+    places = {"device_map": PLACES, "offload_folder": tmp_path}
+    with pytest.raises(ValueError, match="dispatched on the CPU or the disk"):
+        load(model("llama"), quantization_config=packing(bits), **places)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_offload_cpu(model: Model, tmp_path: Path, bits: int) -> None:
+    unpacked = packing(bits, llm_int8_enable_fp32_cpu_offload=True)
+    places = {"device_map": PLACES, "offload_folder": tmp_path}
+    loaded = load(model("llama"), quantization_config=unpacked, **places)
+    kinds = {type(module).__name__ for module in loaded.modules() if hasattr(module, "in_features")}
+    assert kinds == {"Linear"}, "nothing is packed"
+
+
+def test_gguf_packed(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    folder = tiny_model("llama", tmp_path)
+    file = write_gguf(folder, "F32")
+    with pytest.raises(ValueError, match="cannot combine Quantization"):
+        load(folder, gguf_file=file.name, quantization_config=packing(4))
+
+
+def test_convert_unsavable(model: Model, tmp_path: Path) -> None:
+    make: Any = QuantoConfig
+    packed = load(model("llama"), quantization_config=make(weights="int8"))
+    with pytest.raises(ValueError, match="not serializable"):
+        packed.save_pretrained(tmp_path)
+
+
+def test_convert_position() -> None:
+    def found(**stated: Any) -> torch.Tensor:
+        auto: Any = AutoModelForCausalLM
+        torch.manual_seed(0)
+        made = auto.from_config(tiny_config("llama", **stated)).eval()
+        answer: torch.Tensor = made(IDS).logits
+        return answer
+
+    # What a config of another family would say of biases and grouped positions goes unread.
+    assert found(alibi=True, self_extend_group_size=4).equal(found())
+
+
+def test_packing_unreadable(model: Model) -> None:
+    """A checkpoint that says that it is packed, where its library is missing, fails to load."""
+    auto: Any = AutoModelForCausalLM
+    for method, error in (("gptq", (RuntimeError, NameError, ImportError)), ("awq", ImportError)):
+        config = load(model("llama")).config
+        config.quantization_config = {"quant_method": method, "bits": 4, "group_size": 32}
+        with pytest.raises(error):
+            auto.from_pretrained(model("llama"), config=config)
