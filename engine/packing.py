@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from engine.probe import Probe
     from engine.session import Session
     from engine.shape import ModelShape
 
@@ -328,7 +327,10 @@ def register(
     """
     from transformers.quantizers import auto
 
-    mappings = (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING)
+    mappings: tuple[dict[str, Any], ...] = (
+        cast(Any, auto).AUTO_QUANTIZATION_CONFIG_MAPPING,
+        cast(Any, auto).AUTO_QUANTIZER_MAPPING,
+    )
     for mapping, ours in zip(mappings, (config, quantizer), strict=True):
         if mapping.get(name, ours) is not ours:
             raise ValueError(f"{mapping[name].__name__} has the quant_method {name} already")
@@ -381,12 +383,11 @@ def receipt(
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    probe = cast("Probe", session.probe)
     linear = {n: m for n, m in session.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     forgotten = [name for name in linear if name not in packed and not matches(name, left)]
     size = sum(part.nbytes for module in packed.values() for part in parts(module))
     weights = sum(module.in_features * module.out_features for module in packed.values())
-    ran = {n: c for n, c in probe.operators.items() if operators(n)}
+    ran = {n: c for n, c in session.probe.operators.items() if operators(n)}
     error = _error(packed.values(), plain, session.model.dtype) if packed else 1.0
     evidence: dict[str, str | int | float | bool] = {
         "layers packed": len(packed),

@@ -19,7 +19,7 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.families import family
+from engine.layers import source
 from engine.rules import Rule
 
 if TYPE_CHECKING:
@@ -32,10 +32,9 @@ LAYERS = ("Linear", "Conv1D")
 
 INT8_LATENTS = Rule(
     code="int8-latent-kv",
-    why="its 8-bit product takes inputs of at most 3 dimensions where some are large, and latents "
-    "come in 4",
+    why="without a GPU its 8-bit product takes inputs of 3 dimensions at most; latents have 4",
     hint="quantize.skip_modules=[kv_b_proj], or quantize.bits=4",
-    source="bitsandbytes/autograd/_functions.py, MatMul8bitLt.forward",
+    source="bitsandbytes/backends/default/ops.py, int8_vectorwise_quant",
     seen="bitsandbytes 0.50.2, 2026-11-22",
 )
 
@@ -101,7 +100,8 @@ class BitsAndBytes:
                     )
 
         shape, expands = context.shape, "def expand_kv("
-        if self.bits == 8 and shape and expands in family(shape.model_type).model_code:
+        elsewhere = "target.cuda" not in context.traits
+        if self.bits == 8 and elsewhere and shape and expands in source(shape.model_type).code:
             left = any(packing.matches("self_attn.kv_b_proj", [each]) for each in self.skip_modules)
             if not left:
                 what = f"quantize=bitsandbytes in 8 bits does not work with {shape.model_type}"

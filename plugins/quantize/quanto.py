@@ -31,9 +31,9 @@ LAYERS = ("Linear", "FalconLinear")
 
 INT4_COMPILED = Rule(
     code="quanto-int4-compiled",
-    why="its bfloat16 kernel fails in the compiler (expected scalar type Float)",
+    why="the compiler cannot trace what its bfloat16 kernel keeps weights in",
     hint="model.dtype=float32, quantize.bits=8, or quantize=torchao",
-    source="optimum/quanto/tensor/weights/tinygemm/qbits.py; huggingface/optimum-quanto#221",
+    source="optimum/quanto/tensor/weights/tinygemm/qbits.py",
     seen="optimum-quanto 0.2.7, torch 2.13.0, 2026-11-22",
 )
 

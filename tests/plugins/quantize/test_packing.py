@@ -64,24 +64,16 @@ def packed_parts(session: Session) -> Iterator[tuple[Any, list[torch.Tensor]]]:
 
 def allocated(session: Session) -> dict[str, int]:
     """Return the bytes that are really held: codes and plain weights, and scales."""
-    found = {"weights": 0, "scales": 0}
-    seen = set()
-    for module, parts in packed_parts(session):
-        found["weights"] += parts[0].nbytes
-        found["scales"] += sum(part.nbytes for part in parts[1:])
-        seen |= {id(module.weight), *map(id, parts)}
-    saved: Any = session.model.state_dict(keep_vars=True).values()
-    for tensor in {id(each): each for each in saved if isinstance(each, torch.Tensor)}.values():
-        mine = [id(part) for _, parts in packed_parts(session) for part in parts]
-        if id(tensor) not in seen and id(tensor) not in mine and not _of_packed(session, tensor):
-            found["weights"] += tensor.nbytes
-    return found
-
-
-def _of_packed(session: Session, tensor: torch.Tensor) -> bool:
-    """Tell whether a saved tensor shares memory with a part of a packed weight."""
-    places = {part.data_ptr() for _, parts in packed_parts(session) for part in parts}
-    return type(tensor.data) is torch.Tensor and tensor.data_ptr() in places
+    model = session.model
+    packed = list(packed_parts(session))
+    seen = {id(each) for module, parts in packed for each in (module.weight, *parts)}
+    saved = set(model.state_dict())
+    held = [*model.named_parameters(), *model.named_buffers()]
+    rest = [each.nbytes for name, each in held if name in saved and id(each) not in seen]
+    return {
+        "weights": sum(parts[0].nbytes for _, parts in packed) + sum(rest),
+        "scales": sum(part.nbytes for _, parts in packed for part in parts[1:]),
+    }
 
 
 def priced(session: Session) -> dict[str, int]:
@@ -97,7 +89,7 @@ def priced(session: Session) -> dict[str, int]:
 def test_every_choice_works_or_is_refused_before_loading(
     build: Build, model: Callable[[str], Path], family: str
 ) -> None:
-    for name in ("int8", "torchao-int8", "quanto-int8", "quanto-int4"):
+    for name in ("none", "int8", "torchao-int8", "quanto-int8", "quanto-int4"):
         recipe = compose("base", [f"model.path={model(family)}", *CHOICES[name]])
         problems = [each for each in verdict.check(recipe).problems if each.slot == "quantize"]
         refused = name.startswith(REFUSED.get(family, ("nothing",)))
@@ -108,8 +100,17 @@ def test_every_choice_works_or_is_refused_before_loading(
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral", "gpt_oss"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", "float32"),
+        ("qwen3", "bfloat16"),
+        ("gpt2", "float16"),
+        ("bloom", "bfloat16"),
+        ("mixtral", "bfloat16"),
+        ("gpt_oss", "float16"),
+    ],
+)
 def test_it_is_as_large_as_estimated(build: Build, family: str, name: str, dtype: str) -> None:
     if not name.startswith(REFUSED.get(family, ("nothing",))):
         session = build(*CHOICES[name], f"model.dtype={dtype}", family=family)
@@ -277,19 +278,20 @@ def test_the_core_believes_nobody_who_packed_nothing(build: Build) -> None:
 
 
 def test_a_quantizer_is_registered_and_taken_back() -> None:
+    from transformers.quantizers import base
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-    from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    forget = packing.register(QuantizationConfigMixin, HfQuantizer, "of-ours")
-    assert AUTO_QUANTIZER_MAPPING["of-ours"] is HfQuantizer
-    packing.register(QuantizationConfigMixin, HfQuantizer, "of-ours")  # after a failed load
+    quantizer: Any = base.HfQuantizer
+    forget = packing.register(QuantizationConfigMixin, quantizer, "of-ours")
+    assert AUTO_QUANTIZER_MAPPING["of-ours"] is quantizer
+    packing.register(QuantizationConfigMixin, quantizer, "of-ours")  # after a failed load
     with pytest.raises(ValueError, match="has the quant_method of-ours already"):
-        packing.register(QuantizationConfigMixin, type("Other", (), {}), "of-ours")
+        packing.register(QuantizationConfigMixin, type("Other", (quantizer,), {}), "of-ours")
     forget()
     assert "of-ours" not in AUTO_QUANTIZER_MAPPING
     with pytest.raises(ValueError, match="quanto"):
-        packing.register(QuantizationConfigMixin, HfQuantizer, "quanto")
+        packing.register(QuantizationConfigMixin, quantizer, "quanto")
 
 
 def test_missing_libraries_and_packed_checkpoints_are_refused(
