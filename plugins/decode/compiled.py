@@ -121,7 +121,7 @@ class CompiledDecoder(TokenDecoder):
         own = vars(model).get("forward")
         model.forward = self._forward
         try:
-            with _counted(self.counters), torch.backends.mkldnn.flags(enabled=self.onednn):
+            with _counted(self.counters), _onednn(self.onednn):
                 found = model(**inputs)
         finally:
             if own is None:
@@ -144,6 +144,18 @@ class CompiledDecoder(TokenDecoder):
         )
         for _ in self(generation):
             pass
+
+
+@contextmanager
+def _onednn(enabled: bool) -> Iterator[None]:
+    import torch
+
+    flags: Any = torch.backends.mkldnn  # whose own context manager warns of formats of Intel GPUs
+    before = flags.set_flags(enabled and flags.enabled, _fp32_precision=None)
+    try:
+        yield
+    finally:
+        flags.set_flags(before[0], _fp32_precision=None)
 
 
 @contextmanager

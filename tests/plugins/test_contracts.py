@@ -12,6 +12,9 @@ from tests.gguf_files import contract_words
 
 # What a choice needs beside its defaults; a new plugin gets its contract without an entry here.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "decode=assisted": {"options": {"draft": "models/llama"}},  # the contract's own model
+    "decode=beam": {"exact": False},  # it looks for a likelier answer than the greedy one
+    "decode=compiled": {"overrides": ["cache=static"], "pytestmark": pytest.mark.slow},
     "attention=window": {"options": {"size": 8}, "exact": False},
     "attention=sinks": {"options": {"sinks": 2, "window": 8}, "exact": False},
     "cache=fp8": {"exact": False},
