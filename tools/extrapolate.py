@@ -115,7 +115,7 @@ def table(found: dict[str, Any]) -> str:
 def drawing(found: dict[str, Any]) -> str:
     """Return the curves of the longest texts as a picture, in SVG."""
     width, height, left, top = 640, 360, 50, 30
-    curves = {
+    curves: dict[str, list[float]] = {
         name: figures["loss by position"]
         for name, figures in found.items()
         if "note" not in figures
@@ -127,7 +127,7 @@ def drawing(found: dict[str, Any]) -> str:
         return left + position / (TRAINED * FACTOR) * width
 
     def y(loss: float) -> float:
-        return top + (high - loss) / (high - low) * height
+        return top + float((high - loss) / (high - low)) * height
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 150} '

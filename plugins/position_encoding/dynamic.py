@@ -32,7 +32,7 @@ class Dynamic:
     Peng et al. 2023, arXiv 2309.00071, section 3.3 ("dynamic scaling") with the base of section 3.1
     ("NTK-aware"): beyond the trained length L, the base of a text of n tokens is multiplied by
     `(alpha * n / L - (alpha - 1)) ** (d / (d - 2))`; up to L it is the trained one. An `alpha` of 1
-    is the paper's; more is what transformers calls `factor`, and stretches further than needed.
+    is the paper's; None takes `factor`, as transformers does, which stretches further than needed.
     Texts may become `factor` times L long. In a batch, the longest text decides for all.
 
     Each new token changes the frequencies, and so the keys of all tokens before it: caches, which
@@ -40,7 +40,7 @@ class Dynamic:
     """
 
     factor: float = 4.0
-    alpha: float = 1.0
+    alpha: float | None = None
 
     needs: ClassVar[dict[str, str | Rule]] = {
         "cache.none": Rule(
@@ -66,13 +66,13 @@ class Dynamic:
         yield from rotary.outside(
             self,
             rotary.stretch(self.factor, "4"),
-            ("alpha", self.alpha >= 1, "must be 1 or more", "1"),
+            ("alpha", self._alpha >= 1, "must be 1 or more", "null"),
         )
 
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:
         """Edit the rotary parameters; the context stays, since the formula reads L there."""
-        parameters = {"rope_type": "dynamic", "factor": self.alpha}
+        parameters = {"rope_type": "dynamic", "factor": self._alpha}
         return PositionEncoding(config=rotary.edited("dynamic", context.config, parameters))
 
     @hookimpl
@@ -95,6 +95,10 @@ class Dynamic:
             "the rotary base rises with the length of the text",
             context=session.shape.max_positions,
         )
+
+    @property
+    def _alpha(self) -> float:
+        return self.factor if self.alpha is None else self.alpha
 
 
 def _kinds(module: Any) -> list[str]:

@@ -38,7 +38,7 @@ def _answers(folder: Path, **parameters: Any) -> list[list[int]]:
 
 
 def test_dynamic_rope_cache(model: Folder) -> None:
-    assert Dynamic.needs["cache.none"].code == "dynamic-rope-cache"  # type: ignore[union-attr]
+    assert Dynamic.needs["cache.none"].code == "dynamic-rope-cache"
     cached, recomputed = _answers(model("llama"), rope_type="dynamic", factor=1.0)
     assert cached[:3] == recomputed[:3]
     assert cached != recomputed

@@ -45,7 +45,7 @@ FACTORS = {"llama": 8, "mistral": 8, "qwen3": 8, "gemma3": 8, "phi3": 8, "gpt_ne
 
 BY_HAND: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
-    "dynamic": {"factor": 1.0},
+    "dynamic": {"factor": 4.0},
     "llama3": {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -121,7 +121,7 @@ def by_the_papers(kind: str, base: float, dim: int, tokens: int) -> list[float]:
     if kind == "linear":
         return [one / 4 for one in usual]
     if kind == "dynamic":
-        stretched = base * max(tokens / CONTEXT, 1) ** (dim / (dim - 2))
+        stretched = base * (4 * max(tokens / CONTEXT, 1) - 3) ** (dim / (dim - 2))
         return [stretched ** (-2 * index / dim) for index in range(dim // 2)]
     if kind == "longrope":
         return [one / factor for one, factor in zip(usual, longer("llama"), strict=True)]
@@ -137,6 +137,15 @@ def test_frequencies_are_those_of_the_papers(build: Build, kind: str) -> None:
         logits(model, LONG[:, :tokens])
         wanted = torch.tensor(by_the_papers(kind, 10000.0, 16, tokens))
         torch.testing.assert_close(model.model.rotary_emb.inv_freq, wanted, rtol=1e-5, atol=0)
+
+
+def test_dynamic_by_the_letter_of_the_paper(build: Build) -> None:
+    session = build(*overrides("dynamic", "llama"), "position_encoding.alpha=1")
+    model: Any = session.model
+    logits(model, LONG)
+    base = 10000.0 * 2 ** (16 / 14)  # s = n / L, in b * s ** (d / (d - 2))
+    wanted = torch.tensor([base ** (-2 * index / 16) for index in range(8)])
+    torch.testing.assert_close(model.model.rotary_emb.inv_freq, wanted, rtol=1e-5, atol=0)
 
 
 def test_scaling_of_longrope_is_that_of_its_code(build: Build) -> None:
@@ -192,7 +201,7 @@ def test_values_that_stretch_nothing_are_refused(model: Callable[[str], Path]) -
         (Linear(factor=1.0), "factor=4"),
         (Linear(factor=math.inf), "factor=4"),
         (Dynamic(factor=0.5), "factor=4"),
-        (Dynamic(alpha=0.5), "alpha=1"),
+        (Dynamic(alpha=0.5), "alpha=null"),
         (Llama3(factor=math.nan), "factor=8"),
         (Llama3(low_freq_factor=0), "low_freq_factor=1"),
         (Llama3(high_freq_factor=1), "high_freq_factor=4"),

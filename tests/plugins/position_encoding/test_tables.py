@@ -18,6 +18,7 @@ from engine.contexts import PositionContext
 from engine.errors import RecipeError
 from engine.plugins.position_encoding.learned import Learned
 from engine.plugins.position_encoding.sinusoidal import Sinusoidal
+from engine.session import Session
 from engine.shape import read_shape
 from tests.conftest import Build
 from tests.models import CONTEXT, VOCABULARY, tiny_config, tiny_tokenizer
@@ -48,6 +49,13 @@ def with_table(folder: Path, family: str, make: Callable[[torch.Tensor, int], to
     table.weight = nn.Parameter(make(table.weight.detach(), offset))
     table.num_embeddings = len(table.weight)
     return model
+
+
+def table_of(session: Session) -> torch.Tensor:
+    """Return the table of a built GPT-2."""
+    model: Any = session.model
+    found: torch.Tensor = model.transformer.wpe.weight
+    return found
 
 
 def stretched_by_hand(table: torch.Tensor, offset: int) -> torch.Tensor:
@@ -97,7 +105,7 @@ def test_sinusoids_are_those_of_the_paper(build: Build, family: str) -> None:
 def test_sinusoids_of_the_same_length_replace_a_table_too(build: Build) -> None:
     session = build("position_encoding=sinusoidal", family="gpt2")
     assert session.context_tokens == CONTEXT
-    changed = session.model.transformer.wpe.weight
+    changed = table_of(session)
     before = plain(Path(session.recipe.model.path)).transformer.wpe.weight
     assert not torch.allclose(changed, before)
 
@@ -121,7 +129,7 @@ def test_changed_tables_survive_being_saved(build: Build, tmp_path: Path, choice
 
 def test_a_made_up_table_is_made_longer(build: Build) -> None:
     session = build("position_encoding=learned", "load=random", family="gpt2")
-    assert session.model.transformer.wpe.weight.shape[0] == 2 * CONTEXT
+    assert len(table_of(session)) == 2 * CONTEXT
     found = receipt(session, "position_encoding")
     assert "none to stretch" in found.claim
     assert "largest difference from the checkpoint's, stretched" not in found.evidence
@@ -145,7 +153,7 @@ def test_sinusoids_without_an_end_reach_further(tmp_path: Path) -> None:
         assert relative(logits(session.model, LONG), logits(plain(tmp_path), LONG)) < 1e-5
         evidence = receipt(session, "position_encoding").evidence
         assert evidence["positions in the table"] == 2 * CONTEXT
-        lied = session.source_config.__class__(max_position_embeddings=4 * CONTEXT)
+        lied = AutoConfig.for_model("xglm", max_position_embeddings=4 * CONTEXT)
         assert not verdict(Sinusoidal(), session, source_config=lied)
     shape = shape_of(tmp_path)
     assert "already; set max_positions higher" in refusals(Sinusoidal(), shape)[0].message
@@ -193,5 +201,5 @@ def test_an_unchanged_table_is_no_proof(build: Build) -> None:
     assert not verdict(Learned(), native)
     assert not verdict(Sinusoidal(), native)
     with torch.no_grad():
-        session.model.transformer.wpe.weight[7] += 1e-3
+        table_of(session)[7] += 1e-3
     assert not verdict(Learned(), session)
