@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -79,6 +80,8 @@ class TorchAo:
             from torchao import quantization
             from transformers import TorchAoConfig
 
+        # Of kernels that nobody asked for, it tells once more when a product first runs.
+        logging.getLogger("torchao").setLevel(logging.ERROR)
         library: Any = quantization
         kinds = {
             Kind.int8: library.Int8WeightOnlyConfig,

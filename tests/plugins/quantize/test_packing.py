@@ -283,11 +283,12 @@ def test_a_quantizer_is_registered_and_taken_back() -> None:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     quantizer: Any = base.HfQuantizer
+    other: Any = type("Other", (quantizer,), {})
     forget = packing.register(QuantizationConfigMixin, quantizer, "of-ours")
     assert AUTO_QUANTIZER_MAPPING["of-ours"] is quantizer
     packing.register(QuantizationConfigMixin, quantizer, "of-ours")  # after a failed load
     with pytest.raises(ValueError, match="has the quant_method of-ours already"):
-        packing.register(QuantizationConfigMixin, type("Other", (quantizer,), {}), "of-ours")
+        packing.register(QuantizationConfigMixin, other, "of-ours")
     forget()
     assert "of-ours" not in AUTO_QUANTIZER_MAPPING
     with pytest.raises(ValueError, match="quanto"):
