@@ -58,7 +58,8 @@ def test_costs_are_the_difference_of_two_plans() -> None:
         return {term.name: term.bytes for term in check(engine.compose("tiny", given)).terms}
 
     whole = plan(*words)["KV cache"]
-    assert parts["heads"].against_base == {"KV cache": whole - plan(*words[1:])["KV cache"]}
+    assert parts["heads"].against_base is not None
+    assert parts["heads"].against_base["KV cache"] == whole - plan(*words[1:])["KV cache"]
     assert parts["cache"].against_base == {"KV cache": whole - plan(words[0])["KV cache"]}
     assert parts["cache"].own == {"KV cache": whole}
     assert parts["attention"].against_base == {}
