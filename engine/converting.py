@@ -65,10 +65,10 @@ REFUSED = {
     ),
     "load.offloaded": Rule(
         code="convert-offloaded",
-        why="the copy is loaded again whole, to be compared, and needs the memory that was missing",
+        why="what waits on the disk is not in the model's state, with which its copy is compared",
         hint="load.device_map=null, on a machine with more memory",
-        source="engine/converting.py",
-        seen="recipe-engine 0.1.0, 2026-11-22",
+        source="accelerate hooks.py, AlignDevicesHook.init_hook",
+        seen="accelerate 1.15.0, 2026-11-22",
     ),
 }
 """Trait → why what has it cannot be written."""

@@ -81,6 +81,11 @@ def test_convert_position() -> None:
     assert found(alibi=True, self_extend_group_size=4).equal(found())
 
 
+def test_convert_offloaded(model: Model, tmp_path: Path) -> None:
+    state = load(model("llama"), device_map=PLACES, offload_folder=tmp_path).state_dict()
+    assert state["model.layers.0.mlp.up_proj.weight"].is_meta
+
+
 def test_packing_unreadable(model: Model) -> None:
     """A checkpoint that says that it is packed, where its library is missing, fails to load."""
     auto: Any = AutoModelForCausalLM
