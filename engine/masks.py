@@ -28,7 +28,7 @@ def with_bias(mask: Mask, bias: Bias) -> Mask:
 
         # Without the leave to skip, a plain causal mask is None, and there would be nothing to add.
         found = mask(**{**given, "allow_is_causal_skip": False, "allow_torch_fix": False})
-        if isinstance(found, _blockwise()):
+        if not torch.compiler.is_compiling() and isinstance(found, _blockwise()):
             return _blockwise()(given, bias)  # type: ignore[no-any-return]
         return _added(found, bias, given, given.get("dtype") or torch.float32)
 
@@ -54,9 +54,11 @@ def by_blocks(rows: int) -> Mask:
 
 def block_of(mask: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
     """Return `[batch, heads or 1, rows, columns]` of a mask, boolean (True: seen) or additive."""
-    if isinstance(mask, _blockwise()):
-        return mask.block(rows, columns)  # type: ignore[no-any-return]
-    return mask[..., rows, columns]
+    import torch
+
+    if torch.compiler.is_compiling() or not isinstance(mask, _blockwise()):
+        return mask[..., rows, columns]
+    return mask.block(rows, columns)  # type: ignore[no-any-return]
 
 
 def _visible(given: Mapping[str, Any]) -> torch.Tensor:

@@ -35,7 +35,7 @@ def mixed(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return (folded @ value).view(batch, heads, queries, value.shape[3])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)  # not frozen: torch.compile cannot make those
 class Scoring:
     """How one layer makes scores of queries and keys, in one forward pass."""
 

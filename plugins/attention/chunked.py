@@ -97,7 +97,7 @@ class Chunked:
 
 
 class BlockAttention:
-    """Attention as a loop over blocks, and what it counted."""
+    """Attention as a loop over blocks, and what it counted outside of compiled code."""
 
     def __init__(self, query_block: int, key_block: int, hook: Scores | None = None) -> None:
         self.computed = 0
@@ -128,6 +128,8 @@ class BlockAttention:
         """  # fmt: skip
         import torch
 
+        # Compiled code neither branches by what a mask holds, nor counts.
+        counting = not torch.compiler.is_compiling()
         batch, heads, queries, _d = query.shape
         score = scoring(query, key, attention_mask, scaling, softcap, self._hook, position_ids)
         result = value.new_empty(batch, queries, heads, value.shape[3])
@@ -146,17 +148,18 @@ class BlockAttention:
                 mask = attention_mask
                 if mask is not None:
                     mask = block_of(mask, rows, columns)
-                    if not torch.compiler.is_compiling() and not _anything_seen(mask):
+                    if counting and not _anything_seen(mask):
                         self.skipped += 1
                         continue
                 scores = score(some, key[:, :, columns], mask, rows, columns)
+                if counting:
+                    self.computed += 1
+                    self.largest = max(self.largest, (scores.shape[2], scores.shape[3]))
                 before, highest = highest, torch.maximum(highest, scores.amax(-1, keepdim=True))
                 weights = (scores - highest).exp()
                 faded = (before - highest).exp()
                 total = total * faded + weights.sum(-1, keepdim=True)
                 output = output * faded + mixed(weights.to(value.dtype), value[:, :, columns])
-                self.computed += 1
-                self.largest = max(self.largest, (scores.shape[2], scores.shape[3]))
             # A row of padding may have seen nothing at all: it becomes 0, not NaN.
             output = output / total.clamp(min=torch.finfo(torch.float32).tiny)
             result[:, rows] = output.transpose(1, 2)

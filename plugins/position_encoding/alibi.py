@@ -128,10 +128,11 @@ class LinearBias:
         # From each query on, not from the first token: small numbers near it keep their precision.
         found = slope * (keys[None, :] - queries[:, None])
         corner = found[0, :, -1, 0]
-        self.calls += 1
-        # As tensors: reading them would make a GPU wait.
-        self.distance = (queries[-1] - keys[0]).clamp(min=self.distance)
-        self.penalties = corner.clamp(max=0 if self.penalties is None else self.penalties)
+        if not torch.compiler.is_compiling():
+            self.calls += 1
+            # As tensors: reading them would make a GPU wait.
+            self.distance = (queries[-1] - keys[0]).clamp(min=self.distance)
+            self.penalties = corner.clamp(max=0 if self.penalties is None else self.penalties)
         return found
 
 
