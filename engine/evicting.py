@@ -223,7 +223,7 @@ def _look_up(
 
 
 EXCLUDES: dict[str, str | Rule] = {
-    "model.alibi": Rule(
+    "model.alibi_by_mask": Rule(
         code="evicting-alibi",
         why="the model makes its ALiBi biases for all tokens there are, not for those kept",
         hint="cache=dynamic",
@@ -249,6 +249,13 @@ EXCLUDES: dict[str, str | Rule] = {
 """What no evicting cache goes with."""
 
 SCATTERED: dict[str, str | Rule] = {
+    "model.alibi": Rule(
+        code="sinks-alibi",
+        why="the model takes its ALiBi biases for keys in one piece, where the first tokens are not",
+        hint="cache=sliding",
+        source="transformers, models/mpt/modeling_mpt.py, MptAttention.forward",
+        seen="transformers 5.23.0, 2026-11-22",
+    ),
     "position.bias": Rule(
         code="sinks-bias",
         why="biases go by the distance of the keys, and masks take keys to be in one piece, where "

@@ -41,6 +41,7 @@ class Family:
             "model.flash": r"^    _supports_flash_attn = True",
             "model.attention_interface": r"ALL_ATTENTION_FUNCTIONS\.get_interface\(",
             "model.rope": r"ROPE_INIT_FUNCTIONS",
+            "model.alibi_by_mask": r"def build_alibi_tensor\(attention_mask",
             "model.sinks": r"self\.sinks = ",
             "model.split_kv": r"self\.k_proj = .*self\.v_proj = ",
         }

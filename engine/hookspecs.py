@@ -30,6 +30,7 @@ State traits, never names of choices: then plugins that do not know each other c
     model.known                 transformers has its code; the traits below are read from it
     model.attention_interface   it takes attention from outside; .sdpa, .flex, .flash: it has these
     model.rope, .learned_positions, .sinusoidal, .alibi     how it encodes positions
+    model.alibi_by_mask         it makes ALiBi biases as long as the padding mask (BLOOM, Falcon)
     model.longrope              it reads 'yarn' as longrope (Phi-3 and kin)
     model.split_kv, .kv_heads   projections of keys and values apart; their heads can be fewer
     model.latent_kv, .sliding, .recurrent, .moe, .softcap, .sinks     MLA; windows; layers that

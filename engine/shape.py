@@ -419,9 +419,12 @@ class _Reader:
         self, position: str, layer_types: tuple[str, ...], tensors: Mapping[str, TensorSize]
     ) -> Iterator[str]:
         """Yield what plugins may need or exclude."""
-        yield from self.family.traits - {"model.rope", "model.split_kv"}
-        if position == "rope" and "model.rope" in self.family.traits:
+        code = self.family.traits
+        yield from code - {"model.rope", "model.split_kv", "model.alibi_by_mask"}
+        if position == "rope" and "model.rope" in code:
             yield "model.rope"
+        if position == "alibi" and "model.alibi_by_mask" in code:
+            yield "model.alibi_by_mask"
         if position in ("alibi", "sinusoidal"):
             yield f"model.{position}"
         if position == "learned":
@@ -436,7 +439,7 @@ class _Reader:
             yield "model.softcap"
         if self.get("kv_lora_rank"):
             yield "model.latent_kv"
-        if _split(tensors) if tensors else "model.split_kv" in self.family.traits:
+        if _split(tensors) if tensors else "model.split_kv" in code:
             yield "model.split_kv"
 
 

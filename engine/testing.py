@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 HEAVY = (
     "torch", "transformers", "bitsandbytes", "optimum", "accelerate", "safetensors",
-    "huggingface_hub", "numpy", "jax", "triton", "flash_attn",
+    "huggingface_hub", "numpy", "torchao", "jax", "triton", "flash_attn",
 )  # fmt: skip
 """What a plugin's module must not import at its top: listing and checking would pay for it."""
 

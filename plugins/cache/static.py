@@ -29,7 +29,7 @@ class Static:
     max_tokens: int | None = None
     provides: ClassVar[tuple[str, ...]] = ("cache.static",)
     excludes: ClassVar[Mapping[str, str | Rule]] = {
-        "model.alibi": Rule(
+        "model.alibi_by_mask": Rule(
             code="static-alibi",
             why="the model makes its ALiBi biases for the tokens there are, not for the cache's "
             "length",

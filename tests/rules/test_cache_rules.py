@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import DynamicCache, StaticCache, masking_utils
 
 from engine.caching import cache_of
 from engine.evicting import EvictingLayer
-from tests.plugins.cache.evicted import batch, in_pieces
+from tests.plugins.cache.evicted import batch, in_pieces, reference
 from tests.plugins.helpers import IDS, plain
 
 
@@ -35,6 +36,16 @@ def test_evicting_alibi(model: Callable[[str], Path], family: str) -> None:
     ids, mask = batch((8,), 8)
     with pytest.raises(RuntimeError, match="size"):
         in_pieces(tried, cache, ids, mask, (1,) * 8)
+
+
+def test_sinks_alibi(model: Callable[[str], Path]) -> None:
+    tried = plain(model("mpt"))
+    ids, mask = batch((24,), 24)
+    for sinks, right in ((0, True), (4, False)):
+        cache: Any = cache_of(tried.config, partial(EvictingLayer, 8, sinks))
+        found = in_pieces(tried, cache, ids, mask, (1,) * 24)
+        error = float((found - reference(tried, ids, mask, 8, sinks)).abs().max())
+        assert (error < 1e-4) is right
 
 
 def test_evicting_flash() -> None:
