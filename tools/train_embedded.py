@@ -169,8 +169,8 @@ positions, tied embeddings; bfloat16 weights; 512 tokens of context.
 
 Of {drafted} guesses, 4 at a time, the embedded model took {accepted} ({rate:.0f} %) in its answers
 to {prompts} held-out prompts: {tokens} tokens in {passes} passes. {equal} of the {prompts} answers
-were those that it gives alone. Fewer passes are not less time: the embedded model is itself so
-small that guessing costs more than it saves. `python tools/overhead.py --decode assisted` tells.
+were those that it gives alone. Fewer passes are not always less time:
+`python tools/overhead.py --decode assisted decode.draft=recipes://embedded-draft` tells.
 
 ## Training
 

@@ -17,7 +17,6 @@ from engine.speculation import EXCLUDES, Drafter, SpeculativeDecoder, crop, reco
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
     from engine.session import Session
 
@@ -104,13 +103,13 @@ class AssistedDecoder(SpeculativeDecoder):
 class ModelDrafter:
     """Guess with a small model, whose cache follows the text."""
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+    def __init__(self, model: Any, vocabulary: int) -> None:
         """Start with an empty cache; guesses are below `vocabulary`, the model's own."""
         from transformers import DynamicCache
 
-        self._model: Any = model
+        self._model = model
         self._vocabulary = vocabulary
-        self._embedded: int = self._model.get_input_embeddings().weight.shape[0]
+        self._embedded = int(self._model.get_input_embeddings().weight.shape[0])
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._cache = DynamicCache(config=model.config)
         self._held: list[int] = []

@@ -116,7 +116,7 @@ class CompiledDecoder(TokenDecoder):
 
         model: Any = self.context.model
         if self._on_gpu:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         # Through the model's own call: its hooks, which count tokens, are not compiled.
         own = vars(model).get("forward")
         model.forward = self._forward

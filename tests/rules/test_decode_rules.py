@@ -84,7 +84,7 @@ def test_beam_unrepeatable_cache(model: Callable[[str], Path]) -> None:
 def test_compiled_growing_cache(model: Callable[[str], Path]) -> None:
     """A growing cache is not one that transformers lets the compiler have."""
     llama = plain(model("llama"))
-    cache = DynamicCache(config=llama.config)
+    cache: Any = DynamicCache(config=llama.config)
     seen = set()
     with torch.no_grad():
         for token in IDS.T:

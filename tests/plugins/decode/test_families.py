@@ -61,12 +61,14 @@ class Family:
     def ask(self, rows: list[list[int]], cache: str = "dynamic") -> Generation:
         ids, mask = batch(rows)
         length = ids.shape[1] + NEW
-        made: Any = {
+        makers: dict[str, Any] = {
             "dynamic": lambda: DynamicCache(config=self.model.config),
             "static": lambda: StaticCache(config=self.model.config, max_cache_len=length),
             "none": lambda: None,
-        }[cache]()
-        return Generation(input_ids=ids, attention_mask=mask, cache=made, max_new_tokens=NEW)
+        }
+        return Generation(
+            input_ids=ids, attention_mask=mask, cache=makers[cache](), max_new_tokens=NEW
+        )
 
     def assisted(self, **options: Any) -> AssistedDecoder:
         plugin = Assisted(draft=str(self.folder), **options)

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import engine
 from engine.decoding import TokenDecoder
 from engine.plugins.decode.assisted import Assisted
 from engine.plugins.decode.generate import Generate
-from engine.plugins.decode.prompt_lookup import LookupDecoder, PromptLookup, look_up
+from engine.plugins.decode.prompt_lookup import PromptLookup, look_up
 from tests.conftest import Build
 from tests.models import tiny_model
 from tests.plugins.decode.test_families import ROWS, Family, answers
@@ -37,29 +36,6 @@ def test_sampling_draws_what_it_draws_one_by_one(llama: Family, rows: list[list[
         assert found[1] != found[0]  # rows draw with seeds of their own
 
 
-def test_frequencies_of_sampled_tokens_are_the_models(llama: Family) -> None:
-    """Against the distribution itself: the second token, after a guess that is often rejected."""
-    rows = [ROWS[1]]
-    ask = llama.ask(rows)
-    with torch.no_grad():
-        first = int(llama.model(ask.input_ids).logits[0, -1].argmax())
-        ids = torch.cat([ask.input_ids, torch.tensor([[first]])], dim=-1)
-        expected = llama.model(ids).logits[0, -1].softmax(-1)
-    counts = torch.zeros_like(expected)
-    runs = 400
-    guess = expected.argmax()
-    for seed in range(runs):
-        context = llama.context.__class__(**{**vars(llama.context), "seed": seed})
-        decoder = LookupDecoder(PromptLookup(temperature=1.0), context)
-        generation = llama.ask([[*ROWS[1], first]])
-        object.__setattr__(generation, "max_new_tokens", 1)
-        ((token,),) = decoder(generation)
-        counts[token] += 1
-    seen = counts[guess] / runs
-    spread = (expected[guess] * (1 - expected[guess]) / runs).sqrt()
-    assert abs(seen - expected[guess]) < 4 * spread
-
-
 def test_a_reader_that_leaves_in_the_middle_leaves_nothing_unread_in_the_cache(
     llama: Family,
 ) -> None:
@@ -78,8 +54,7 @@ def test_recording_ends_with_the_answer(model: Callable[[str], Path]) -> None:
     mistral = Family(model("mistral"))
     generation = mistral.ask([ROWS[1]])
     answers(mistral.assisted(), generation)
-    cache = generation.cache
-    assert isinstance(cache, DynamicCache)
+    cache: Any = generation.cache
     assert not any(layer.record_past for layer in cache.layers)
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-1)
@@ -129,7 +104,7 @@ def test_a_session_reports_and_proves_its_guesses(
     assert output.token_ids == plain.token_ids
     assert figures.drafted_tokens == figures.accepted_tokens == 23  # a draft that is the model
     assert plain.figures.drafted_tokens is None
-    evidence = receipt(session, "decode").evidence
+    evidence: Any = receipt(session, "decode").evidence
     assert evidence["accepted"] == evidence["drafted"] == evidence["of these its own"]
     assert evidence["passes through the model"] < evidence["tokens of a short run"]
     assert evidence["equal to one by one"] == evidence["tokens of a short run"]
@@ -184,6 +159,6 @@ def test_rows_of_a_used_batch_cache_are_refused(llama: Family) -> None:
 
 def test_a_lookup_that_finds_nothing_proves_itself_all_the_same(build: Build) -> None:
     session = build("decode=prompt-lookup", "decode.max_ngram=3")
-    evidence = receipt(session, "decode").evidence
-    assert evidence["drafted"] > evidence["accepted"] > 0  # type: ignore[operator]
+    evidence: Any = receipt(session, "decode").evidence
+    assert evidence["drafted"] > evidence["accepted"] > 0
     assert Assisted(draft="x").provides == PromptLookup().provides == ("decode.assisted",)
