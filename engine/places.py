@@ -63,3 +63,11 @@ def real(model: PreTrainedModel, name: str, parameter: torch.Tensor) -> torch.Te
     from transformers.integrations.accelerate import load_offloaded_parameter
 
     return load_offloaded_parameter(model, name)
+
+
+def weight(module: Any) -> torch.Tensor:
+    """Return a layer's weight, fetched from where it was offloaded to."""
+    found: torch.Tensor = module.weight.detach()
+    if found.is_meta:
+        found = module._hf_hook.weights_map["weight"]
+    return found

@@ -30,6 +30,13 @@ PACKED_OFFLOAD = Rule(
     source="transformers quantizers/quantizer_bnb_4bit.py; bitsandbytes issue 881",
     seen="transformers 5.23.0, bitsandbytes 0.50.2, 2026-11-22",
 )
+HOOKED_COMPILED = Rule(
+    code="hooked-compiled",
+    why="accelerate's hooks, which fetch each part, keep the compiler out of the forward pass",
+    hint="load.device_map=null, or decode=generate",
+    source="accelerate hooks.py, AlignDevicesHook.pre_forward under torch.compiler.disable",
+    seen="accelerate 1.15.0, torch 2.13.0, 2026-11-22",
+)
 NOTHING_PACKED = Rule(
     code="packed-offload-cpu",
     why="load.offload_unpacked leaves what is not on a GPU unpacked, so nothing would be packed",
@@ -80,9 +87,14 @@ class Transformers:
 
     @property
     def excludes(self) -> dict[str, Rule]:
-        """Refuse to pack what is offloaded, unless it may stay unpacked."""
-        refused = self._placement.offloads and not self.offload_unpacked
-        return {"weights.packed": PACKED_OFFLOAD} if refused else {}
+        """Refuse to compile across devices, and to pack what is offloaded unless it may stay so."""
+        place = self._placement
+        refused = {"weights.packed": PACKED_OFFLOAD} if place.offloads else {}
+        if self.offload_unpacked:
+            refused = {}
+        if place.offloads or len(devices(self.device_map)) > 1:
+            refused["decode.compiled"] = HOOKED_COMPILED
+        return refused
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from engine import hookimpl, position_tables
+from engine import hookimpl, places, position_tables
 from engine.contexts import (
     CheckContext,
     EstimateContext,
@@ -93,7 +93,7 @@ class Learned:
         source = session.source_config.get_text_config()
         table = position_tables.find(source.model_type)
         assert table is not None
-        rows = position_tables.module(session, table).weight.detach()
+        rows = places.weight(position_tables.module(session, table))
         before = int(source.max_position_embeddings)
         after = rows.shape[0] - table.offset
         evidence: dict[str, str | int | float | bool] = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from engine import hookimpl, position_tables
+from engine import hookimpl, places, position_tables
 from engine.contexts import (
     CheckContext,
     PositionContext,
@@ -96,7 +96,7 @@ class Sinusoidal:
                 ok=rows > before,
             )
             return
-        weight = position_tables.module(session, table).weight.detach().cpu()
+        weight = places.weight(position_tables.module(session, table)).cpu()
         wanted = _sinusoids(weight.shape[0], weight.shape[1], table.offset).to(weight.dtype)
         differing = int((wanted != weight).any(dim=1).sum())
         yield Receipt(

@@ -54,6 +54,13 @@ def test_packed_offload_cpu(model: Model, tmp_path: Path, bits: int) -> None:
     assert kinds == {"Linear"}, "nothing is packed"
 
 
+def test_hooked_compiled(model: Model, tmp_path: Path) -> None:
+    placed = load(model("llama"), device_map=PLACES, offload_folder=tmp_path)
+    compiled: Any = torch.compile(placed, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"accelerate/hooks\.py"):
+        compiled(IDS, use_cache=False)
+
+
 def test_gguf_packed(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     folder = tiny_model("llama", tmp_path)
