@@ -251,7 +251,8 @@ EXCLUDES: dict[str, str | Rule] = {
 SCATTERED: dict[str, str | Rule] = {
     "model.alibi": Rule(
         code="sinks-alibi",
-        why="the model takes its ALiBi biases for keys in one piece, where the first tokens are not",
+        why="the model takes its ALiBi biases for keys in one piece, where the first tokens are "
+        "not",
         hint="cache=sliding",
         source="transformers, models/mpt/modeling_mpt.py, MptAttention.forward",
         seen="transformers 5.23.0, 2026-11-22",

@@ -207,7 +207,7 @@ def in_memory(context: EstimateContext) -> Iterator[Weight]:
         beyond = place is None or not place.exact or _layer(name) >= shape.layers
         if RELICS.search(name) or (beyond and any(each.search(name) for each in ignored)):
             continue
-        if getattr(shape, "tied", False) and place and place.head:
+        if shape.tied and place and place.head:
             continue
         sizes = tensor.shape
         if pooling > 1 and _is_key_or_value(name):

@@ -88,6 +88,8 @@ class ModelShape:
     dtype: str | None
     quantization: str | None
     """`quant_method` of a checkpoint that comes quantized."""
+    tied: bool
+    """The last layer is the embedding: what a checkpoint stores of it besides is not loaded."""
     remote_code: bool
     """Runs only with code from the checkpoint."""
     traits: frozenset[str]
@@ -147,6 +149,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         sliding_window=window,
         dtype=reader.dtype(),
         quantization=reader.quantization(),
+        tied=reader.get("tie_word_embeddings") is not False,
         remote_code=not family(reader.model_type).known and bool(config.get("auto_map")),
         traits=frozenset(reader.traits(position, layer_types, sizes)),
         tensors=MappingProxyType(sizes),
