@@ -71,11 +71,17 @@ def test_flex_model(model: Callable[[str], Path]) -> None:
 @pytest.mark.slow
 def test_flex_cpu(model: Callable[[str], Path]) -> None:
     """Compiles twice: half a minute."""
-    two = loaded(model("gemma3"), "flex_attention")
+    sliding = loaded(model("gemma3"), "flex_attention")
+    ids = torch.arange(3, 24)[None]  # more than the window
     with torch.no_grad():
-        first = two(input_ids=IDS, use_cache=True)
+        first = sliding(input_ids=ids, attention_mask=torch.ones_like(ids))
+        ids = torch.cat([ids, ids[:, :1]], 1)
         with pytest.raises(Exception, match="cur_kvSplitSize0"):
-            two(input_ids=IDS[:, :1], past_key_values=first.past_key_values)
+            sliding(
+                input_ids=ids[:, -1:],
+                attention_mask=torch.ones_like(ids),
+                past_key_values=first.past_key_values,
+            )
 
 
 def test_flex_static_cache(model: Callable[[str], Path]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.models import tiny_config, tiny_model
 from tests.plugins.helpers import plain
@@ -33,9 +35,7 @@ def test_latent_keys_have_no_projections(model: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("family", ["opt"])
 def test_code_with_as_many_heads_always(family: str) -> None:
-    config = tiny_config(family, num_key_value_heads=1)
-    from transformers import AutoModelForCausalLM
-
+    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
-        found = AutoModelForCausalLM.from_config(config)
+        found = auto.from_config(tiny_config(family, num_key_value_heads=1))
     assert {p.shape[0] for n, p in found.named_parameters() if "k_proj.weight" in n} == {64}
