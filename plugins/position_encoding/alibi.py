@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import hookimpl
+from engine import hookimpl, places
 from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt, ReshapeContext
 from engine.errors import Problem
 from engine.late_rope import unrotated
@@ -85,7 +85,8 @@ class Alibi:
         bias: LinearBias = session.built["position_encoding"].bias
         model = session.model
         rotating = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
-        tables = [model.get_parameter(name) for name in _tables(dict(model.named_parameters()))]
+        held = dict(model.named_parameters())
+        tables = [places.real(model, name, held[name]) for name in _tables(held)]
         left = sum(int(each.count_nonzero()) for each in [*rotating, *tables])
         penalties = bias.penalties.tolist() if bias.penalties is not None else []
         distance = int(bias.distance)

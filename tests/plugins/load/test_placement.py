@@ -204,3 +204,13 @@ def test_parts_wait_on_the_cpu(build: Build, tmp_path: Path) -> None:
     on_cpu = build("load.device_map=cpu")
     assert on_cpu.device == torch.device("cpu")
     assert on_cpu.generate("def add").token_ids == found.generate("def add").token_ids
+
+
+@pytest.mark.parametrize("positions", ["alibi", "learned", "sinusoidal"])
+def test_tables_of_positions_are_proven_from_the_disk(
+    build: Build, tmp_path: Path, positions: str
+) -> None:
+    choice = f"position_encoding={positions}"
+    place = ("load.device_map={rest:disk}", f"load.offload_folder={tmp_path}")
+    found = build(choice, *place, family="gpt2").generate("def add").token_ids
+    assert found == build(choice, family="gpt2").generate("def add").token_ids
