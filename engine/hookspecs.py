@@ -39,7 +39,8 @@ State traits, never names of choices: then plugins that do not know each other c
     heads.pooled                key/value heads are means of the checkpoint's
     position.bias, .scores      attention must add a bias, or compute other scores ...
     attention.bias, .scores     ... and can
-    attention.window            old tokens are hidden
+    attention.window, .flash    old tokens are hidden; no mask of queries and keys is taken
+    load.random, .offloaded     the weights are made up; some lie on the CPU or on disk
     cache.none, .dynamic, .static     nothing is kept; it grows; it has a fixed size and compiles
     cache.croppable             the last tokens can be taken back
     cache.evicting, .quantized, .offloaded, .unrepeatable     it forgets; it rounds; it lives
