@@ -217,6 +217,7 @@ def _register(session: Session, attention: Attention, bias: Bias | None) -> str 
 
     An implementation of transformers goes by its own name.
     """
+    import torch
     from transformers import AttentionInterface, AttentionMaskInterface
 
     one = session.hooks.slot("attention")
@@ -237,7 +238,8 @@ def _register(session: Session, attention: Attention, bias: Bias | None) -> str 
     name = f"engine:{next(_numbers)}"
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        session.attention_calls += 1
+        if not torch.compiler.is_compiling():  # code would be compiled again for each number
+            session.attention_calls += 1
         with session.hooks.blaming(one, "attention"):
             return forward(*args, **kwargs)
 
