@@ -19,6 +19,7 @@ from engine.sampling import Sampling
 if TYPE_CHECKING:
     from engine.session import Session
 
+MOST_GRAPHS = 1000
 COMPILERS = ("g++", "c++", "clang++")
 GROWING = Rule(
     code="compiled-growing-cache",
@@ -121,7 +122,9 @@ class CompiledDecoder(TokenDecoder):
         own = vars(model).get("forward")
         model.forward = self._forward
         try:
-            with _counted(self.counters), _onednn(self.onednn):
+            # Beyond the limit torch would refuse to go on; batches of nine sizes reach it.
+            limit = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
+            with limit, _counted(self.counters), _onednn(self.onednn):
                 found = model(**inputs)
         finally:
             if own is None:

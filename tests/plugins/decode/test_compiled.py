@@ -29,7 +29,8 @@ def test_steps_are_compiled_and_tokens_equal(build: Build, family: str) -> None:
     session.collect_receipts()
     evidence = receipt(session, "decode").evidence
     assert evidence["graph breaks"] == 0
-    assert 1 <= int(evidence["graphs"]) <= 4
+    # Another length, another batch, and with a window once more for when it is full.
+    assert 1 <= int(evidence["graphs"]) <= 6
     assert int(evidence["compiled steps"]) > 57
     graphs = evidence["graphs"]
     session.generate(PROMPTS[0])
