@@ -133,7 +133,7 @@ class Variant:
     @property
     def tolerance(self) -> float:
         """Return how far off its tokens may be."""
-        return TOLERANCE.get(self.name, TOLERANCE.get(f"{self.slot}={self.choice}", EXACT))
+        return TOLERANCE.get(self.name, TOLERANCE.get(f"{self.slot}={self.choice}", 0.0))
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _compare(cell: Cell, session: Session, folder: Path) -> Result:
     alone = [session.generate(prompt) for prompt in prompts]
     together = session.generate(prompts)
     plain = Plain(session, cell)
-    tolerance = max([EXACT, *(variant.tolerance for variant in cell.variants)])
+    tolerance = EXACT + sum(variant.tolerance for variant in cell.variants)
     if why := plain.unlike(folder):
         return Result("wrong", why)
     for kind, outputs in (("alone", alone), ("in a batch", together)):

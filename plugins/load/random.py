@@ -116,6 +116,8 @@ def _digest(model: PreTrainedModel) -> str:
 
     digest = hashlib.sha256()
     for name, tensor in model.named_parameters():
+        if type(tensor.data) is not torch.Tensor:
+            continue  # packed in a class of its own, which cannot be flattened
         sample = tensor.detach().flatten()[:SAMPLE].cpu().contiguous()
         digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
