@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from engine.generate import capacity
 
@@ -38,28 +38,6 @@ def cut(session: Session, cache: Cache, keep: int) -> bool:
     except RuntimeError:  # a sliding window that has already moved on
         return False
     return tokens_held(cache) == keep
-
-
-def frequencies(session: Session, tokens: int) -> int:
-    """Tell rotary frequencies apart that change with the length of a text: equal, or not.
-
-    Keys are rotated when they are written. Those of a shorter text do not fit a longer one whose
-    frequencies are others (transformers' `dynamic_rope_update`).
-    """
-    text: Any = session.config.get_text_config()
-    given = getattr(text, "rope_parameters", None) or {}
-    sets: Iterable[Any] = (
-        given.values() if any(isinstance(each, Mapping) for each in given.values()) else [given]
-    )
-    found = 0
-    for each in sets:
-        kind = str((each or {}).get("rope_type", ""))
-        if kind not in ("dynamic", "longrope"):
-            continue
-        usual = each.get("original_max_position_embeddings") or text.max_position_embeddings
-        if tokens > usual:
-            found += tokens if kind == "dynamic" else 1
-    return found
 
 
 def room_needed(session: Session, length: int) -> int:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from engine import cache_file, fingerprint
 from engine.contexts import KeyValues, Receipt
-from engine.continuing import common, cut, frequencies, held_at_most, room_needed, tokens_held
+from engine.continuing import common, cut, held_at_most, room_needed, tokens_held
 from engine.errors import Problem, RecipeError
 from engine.generate import TextStream, check_prompt, room_for
+from engine.rotary import frequency_set
 from engine.template import render, try_out
 
 if TYPE_CHECKING:
@@ -233,7 +234,8 @@ class Conversation:
 
     def _frequencies_change(self, length: int) -> bool:
         session = self._session
-        return frequencies(session, len(self._ids)) != frequencies(session, length)
+        config = session.config
+        return frequency_set(config, len(self._ids)) != frequency_set(config, length)
 
     def _allocate(self, tokens: int) -> KeyValues:
         limit = self._session.context_tokens

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.contexts import Figures, Generation, KeyValues, Output, Step
 from engine.detokenize import Detokenizer, StopStrings
 from engine.errors import Problem, RuntimeFailure
+from engine.rotary import frequency_set
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -148,6 +149,9 @@ def answer_batch(
         check_prompt(session, prompt)
     wanted = session.recipe.decode.max_new_tokens
     longest = max(prompts, key=len)
+    if len({frequency_set(session.config, len(prompt) + wanted) for prompt in prompts}) > 1:
+        # The longest text would set the rotary frequencies of all.
+        return [answer_batch(session, [prompt])[0] for prompt in prompts]
     if cache is None:
         values, room = begin(session, longest, batch=len(prompts))
         cache = values.cache

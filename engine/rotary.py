@@ -11,7 +11,7 @@ import copy
 import importlib.util
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -318,3 +318,25 @@ def _frequencies(module: nn.Module) -> dict[str, Tensor]:
         for name, buffer in module.named_buffers(recurse=False)
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
     }
+
+
+def frequency_set(config: PretrainedConfig, tokens: int) -> int:
+    """Tell rotary frequencies apart that change with the length of a text: equal, or not.
+
+    Keys are rotated when they are written. Those of a shorter text do not fit a longer one whose
+    frequencies are others (transformers' `dynamic_rope_update`).
+    """
+    text: Any = config.get_text_config()
+    given = getattr(text, "rope_parameters", None) or {}
+    sets: Iterable[Any] = (
+        given.values() if any(isinstance(each, Mapping) for each in given.values()) else [given]
+    )
+    found = 0
+    for each in sets:
+        kind = str((each or {}).get("rope_type", ""))
+        if kind not in ("dynamic", "longrope"):
+            continue
+        usual = each.get("original_max_position_embeddings") or text.max_position_embeddings
+        if tokens > usual:
+            found += tokens if kind == "dynamic" else 1
+    return found

@@ -10,8 +10,9 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.continuing import common, cut, frequencies, held_at_most, room_needed, tokens_held
+from engine.continuing import common, cut, held_at_most, room_needed, tokens_held
 from engine.generate import check_prompt, room_for
+from engine.rotary import frequency_set
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -107,7 +108,7 @@ class SharedPrefix:
         pads = [len(longest) - len(prompt) for prompt in prompts]
         shared = [self._keep(prompt) for prompt in prompts]
         columns = min(pad + kept for pad, kept in zip(pads, shared, strict=True))
-        if len({frequencies(self._session, len(prompt)) for prompt in prompts}) > 1:
+        if len({frequency_set(self._session.config, len(prompt)) for prompt in prompts}) > 1:
             return None  # the frequencies of a batch are those of its longest row
         found = self._copied(longest, columns)
         if found is None or not _repeat(found, columns, pads):
@@ -125,7 +126,8 @@ class SharedPrefix:
         keep = keep if columns is None else min(keep, columns)
         if self.refused or keep < 1:
             return None
-        if frequencies(session, len(self._ids)) != frequencies(session, len(ids)):
+        config = session.config
+        if frequency_set(config, len(self._ids)) != frequency_set(config, len(ids)):
             return None
         needed = room_needed(session, len(ids))
         room = None if self._values is None else held_at_most(session, self._values)
