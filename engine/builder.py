@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from engine import checkpoint
+from engine.attending.masks import with_bias
 from engine.contexts import (
     Attention,
     AttentionContext,
@@ -20,9 +20,9 @@ from engine.contexts import (
     TaskContext,
 )
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
-from engine.masks import with_bias
-from engine.packing import quiet
+from engine.loading import checkpoint
 from engine.probe import failing_together
+from engine.quantizing.packing import quiet
 from engine.recipe import Recipe
 from engine.session import Session
 from engine.target import Target

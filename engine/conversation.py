@@ -14,12 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import cache_file, fingerprint
+from engine.caching import cache_file, fingerprint
+from engine.caching.continuing import common, cut, held_at_most, room_needed, tokens_held
 from engine.contexts import KeyValues, Receipt
-from engine.continuing import common, cut, held_at_most, room_needed, tokens_held
 from engine.errors import Problem, RecipeError
 from engine.generate import TextStream, check_prompt, room_for
-from engine.rotary import frequency_set
+from engine.positions.rotary import frequency_set
 from engine.template import render, try_out
 
 if TYPE_CHECKING:

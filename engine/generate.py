@@ -9,9 +9,9 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from engine.contexts import Figures, Generation, KeyValues, Output, Step
-from engine.detokenize import Detokenizer, StopStrings
+from engine.decoding.detokenize import Detokenizer, StopStrings
 from engine.errors import Problem, RuntimeFailure
-from engine.rotary import frequency_set
+from engine.positions.rotary import frequency_set
 
 if TYPE_CHECKING:
     from transformers import Cache

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import checkpoint
 from engine.calls import Chosen
-from engine.checkpoint import TensorInfo
 from engine.contexts import CheckContext, EstimateContext, ReshapeContext, Term
 from engine.errors import CheckpointError, DoesNotFit, EngineError, Problem, RecipeError
 from engine.hooks import Hooks
+from engine.loading import checkpoint
+from engine.loading.checkpoint import TensorInfo
 from engine.recipe import Recipe, slots
 from engine.rules import Rule
 from engine.shape import ModelShape, read_shape

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from engine import cache_file, registry
+from engine import registry
+from engine.caching import cache_file
 from engine.contexts import KeyValues
 from engine.errors import CheckpointError, RecipeError, RuntimeFailure
 from engine.session import Session

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engine
-from engine import converting
-from engine.converting import convert
 from engine.errors import CheckpointError, RecipeError, RuntimeFailure
+from engine.loading import converting
+from engine.loading.converting import convert
 from tests.conftest import Run
 from tests.models import tiny_model
 from tests.plugins.helpers import IDS, logits, plain

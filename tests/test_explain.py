@@ -144,7 +144,8 @@ class Foreign:
 
 
 def test_the_home_of_a_third_party_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry._origins, ("observe", Foreign), "pytest 1.0")
+    origins: Any = registry._origins
+    monkeypatch.setitem(origins, ("observe", Foreign), "pytest 1.0")
     recipe = replace(engine.compose("tiny"), observe=Foreign())
     found = explaining.explain(recipe)
     part = next(part for part in found.parts if part.slot == "observe")

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-from engine import prequantized, recipe, verdict
-from engine.converting import convert
+from engine import recipe, verdict
 from engine.errors import CheckpointError
+from engine.loading import prequantized
+from engine.loading.converting import convert
 from engine.target import Target
 from tests.conftest import Build
 from tests.plugins.helpers import receipt, shape_of

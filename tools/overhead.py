@@ -24,8 +24,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import engine
-from engine import checkpoint
 from engine.contexts import Figures
+from engine.loading import checkpoint
 from engine.session import Session
 
 PROMPT = "class Parser:\n    def __init__(self, text):\n        self.text = text\n"

@@ -86,7 +86,8 @@ def _look_ahead(recipe: Recipe, save: Path | None, resume: Path | None) -> None:
             hint="name a file in a folder that exists",
         )
     if resume is not None:
-        from engine import cache_file, conversation, fingerprint
+        from engine import conversation
+        from engine.caching import cache_file, fingerprint
 
         about = cache_file.read_about(resume)
         conversation.refuse_other(fingerprint.of_recipe(recipe), about, resume)

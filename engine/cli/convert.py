@@ -26,7 +26,7 @@ def convert(
 
     engine run base model.path=./small -p "def add(a, b):"
     """
-    from engine.converting import convert as write
+    from engine.loading.converting import convert as write
 
     recipe = common.compose(arguments)
     with common.progress() as tell:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
+from engine.attending.masks import block_of, by_blocks
+from engine.attending.scores import mixed, scoring
 from engine.contexts import (
     Attention,
     AttentionContext,
@@ -16,8 +18,6 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.masks import block_of, by_blocks
-from engine.scores import mixed, scoring
 
 if TYPE_CHECKING:
     import torch

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
+from engine.attending.scores import eager
 from engine.contexts import Attention, AttentionContext, CheckContext, Receipt
 from engine.errors import Problem
 from engine.rules import Rule
-from engine.scores import eager
 
 if TYPE_CHECKING:
     from engine.session import Session

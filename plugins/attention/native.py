@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
+from engine.attending.scores import eager
 from engine.contexts import Attention, AttentionContext, Receipt
-from engine.scores import eager
 
 if TYPE_CHECKING:
     from engine.session import Session

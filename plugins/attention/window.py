@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from engine import hookimpl, windows
+from engine import hookimpl
+from engine.attending import windows
 from engine.contexts import Attention, AttentionContext, CheckContext, Receipt
 from engine.errors import Problem
 from engine.rules import Rule

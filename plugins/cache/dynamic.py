@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching import layers_kept
+from engine.caching.layers import layers_kept
 from engine.contexts import CacheContext, EstimateContext, KeyValues, Receipt, Term
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching import layers_kept
+from engine.caching.layers import layers_kept
 from engine.contexts import CacheContext, EstimateContext, KeyValues, Receipt, Term
 from engine.rules import Rule
 

@@ -9,7 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
-from engine.caching import FULL, Layer, cache_of, layers_kept, prove_packed, refuse_without_full
+from engine.caching.layers import (
+    FULL,
+    Layer,
+    cache_of,
+    layers_kept,
+    prove_packed,
+    refuse_without_full,
+)
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
 

@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching import cache_of
+from engine.caching.evicting import (
+    EXCLUDES,
+    SCATTERED,
+    EvictingLayer,
+    evicted_bytes,
+    prove,
+    refuse,
+    watch,
+)
+from engine.caching.layers import cache_of
 from engine.contexts import (
     CacheContext,
     CheckContext,
@@ -18,7 +27,6 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.evicting import EXCLUDES, SCATTERED, EvictingLayer, evicted_bytes, prove, refuse, watch
 from engine.rules import Rule
 
 if TYPE_CHECKING:

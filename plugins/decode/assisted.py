@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
 from engine.contexts import CheckContext, DecodeContext, Decoder, EstimateContext, Receipt, Term
-from engine.draft import load_draft, read_draft, refuse_draft
+from engine.decoding.draft import load_draft, read_draft, refuse_draft
+from engine.decoding.sampling import Sampling
+from engine.decoding.speculation import (
+    EXCLUDES,
+    Drafter,
+    SpeculativeDecoder,
+    crop,
+    record,
+    refusals,
+)
 from engine.errors import CheckpointError, Problem
 from engine.rules import Rule
-from engine.sampling import Sampling
-from engine.speculation import EXCLUDES, Drafter, SpeculativeDecoder, crop, record, refusals
 
 if TYPE_CHECKING:
     import torch

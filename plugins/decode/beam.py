@@ -19,10 +19,10 @@ from engine.contexts import (
     Step,
     Term,
 )
-from engine.decoding import StepDecoder, Tally
+from engine.decoding.loop import StepDecoder, Tally
+from engine.decoding.sampling import Limits
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
-from engine.sampling import Limits
 
 if TYPE_CHECKING:
     from engine.session import Session

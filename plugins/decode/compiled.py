@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
 from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt
-from engine.decoding import Run, TokenDecoder
+from engine.decoding.loop import Run, TokenDecoder
+from engine.decoding.sampling import Sampling
 from engine.errors import Problem
 from engine.rules import Rule
-from engine.sampling import Sampling
 
 if TYPE_CHECKING:
     from engine.session import Session

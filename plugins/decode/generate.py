@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from engine import hookimpl
 from engine.contexts import DecodeContext, Decoder, Generation, Receipt
-from engine.decoding import TokenDecoder
-from engine.sampling import Sampling
+from engine.decoding.loop import TokenDecoder
+from engine.decoding.sampling import Sampling
 
 if TYPE_CHECKING:
     from engine.session import Session

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
 from engine.contexts import CheckContext, DecodeContext, Decoder, Receipt
+from engine.decoding.sampling import Sampling
+from engine.decoding.speculation import EXCLUDES, Drafter, SpeculativeDecoder, refusals
 from engine.errors import Problem
 from engine.rules import Rule
-from engine.sampling import Sampling
-from engine.speculation import EXCLUDES, Drafter, SpeculativeDecoder, refusals
 
 if TYPE_CHECKING:
     import torch

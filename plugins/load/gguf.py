@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import checkpoint, hookimpl, loading, model_folder
+from engine import hookimpl
 from engine.contexts import CheckContext, EstimateContext, LoadContext, Loaded, Receipt, Term
 from engine.errors import CheckpointError, Problem, RecipeError
-from engine.prequantized import installed
+from engine.loading import checkpoint, model_folder
+from engine.loading import common as loading
+from engine.loading.prequantized import installed
 from engine.rules import Rule
 
 if TYPE_CHECKING:

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import checkpoint, hookimpl, loading
+from engine import hookimpl
 from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
 from engine.errors import Problem
+from engine.loading import checkpoint
+from engine.loading import common as loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from engine import checkpoint, hookimpl, loading, places, prequantized
+from engine import hookimpl
 from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
 from engine.errors import Problem
-from engine.placement import Placement, devices
+from engine.loading import checkpoint, places, prequantized
+from engine.loading import common as loading
+from engine.loading.placement import Placement, devices
 from engine.rules import Rule
 from engine.shape import read_shape
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from engine.checkpoint import TensorInfo
+    from engine.loading.checkpoint import TensorInfo
     from engine.session import Session
 
 PACKED_OFFLOAD = Rule(

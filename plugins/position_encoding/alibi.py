@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import hookimpl, places
+from engine import hookimpl
 from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt, ReshapeContext
 from engine.errors import Problem
-from engine.late_rope import unrotated
+from engine.loading import places
+from engine.positions.late_rope import unrotated
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import hookimpl, rotary
+from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     PositionContext,
@@ -16,6 +16,7 @@ from engine.contexts import (
     ReshapeContext,
 )
 from engine.errors import Problem
+from engine.positions import rotary
 from engine.rules import Rule
 
 if TYPE_CHECKING:

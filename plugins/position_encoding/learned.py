@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from engine import hookimpl, places, position_tables
+from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     EstimateContext,
@@ -18,6 +18,8 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem, RecipeError
+from engine.loading import places
+from engine.positions import position_tables
 
 if TYPE_CHECKING:
     import torch

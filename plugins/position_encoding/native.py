@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from engine import hookimpl, rotary
+from engine import hookimpl
 from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt
 from engine.errors import Problem
+from engine.positions import rotary
 
 if TYPE_CHECKING:
     from engine.session import Session

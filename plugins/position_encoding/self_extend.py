@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
+from engine.attending.scores import true_positions
 from engine.contexts import (
     CheckContext,
     PositionContext,
@@ -18,9 +19,8 @@ from engine.contexts import (
 )
 from engine.errors import Problem
 from engine.families import family
-from engine.late_rope import rotary_embedding, rotate, unrotated
+from engine.positions.late_rope import rotary_embedding, rotate, unrotated
 from engine.rules import Rule
-from engine.scores import true_positions
 
 if TYPE_CHECKING:
     import torch

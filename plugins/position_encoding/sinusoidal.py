@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from engine import hookimpl, places, position_tables
+from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     PositionContext,
@@ -16,6 +16,8 @@ from engine.contexts import (
 )
 from engine.errors import Problem, RecipeError
 from engine.families import family
+from engine.loading import places
+from engine.positions import position_tables
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from enum import Enum
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import hookimpl, packing
+from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     EstimateContext,
@@ -19,7 +19,8 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.layers import source
+from engine.quantizing import packing
+from engine.quantizing.layers import source
 from engine.rules import Rule
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
-from engine import hookimpl, packing
+from engine import hookimpl
 from engine.contexts import EstimateContext, Quantization, QuantizeContext, Receipt, Term
+from engine.quantizing import packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,7 +9,7 @@ from math import ceil
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import hookimpl, packing
+from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     EstimateContext,
@@ -19,6 +19,7 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
+from engine.quantizing import packing
 from engine.rules import Rule
 
 if TYPE_CHECKING:

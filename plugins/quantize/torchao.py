@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from engine import hookimpl, packing
+from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     EstimateContext,
@@ -18,6 +18,7 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
+from engine.quantizing import packing
 
 if TYPE_CHECKING:
     from engine.session import Session

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import hookimpl
+from engine.caching.continuing import common
+from engine.caching.shared_prefix import SharedPrefix
 from engine.contexts import CheckContext, Output, Receipt, TaskContext
-from engine.continuing import common
 from engine.conversation import Conversation
 from engine.errors import Problem, RecipeError
 from engine.generate import TextStream, answer_batch, begin, check_prompt, room_for
 from engine.probe import probe_model
-from engine.shared_prefix import SharedPrefix
 from engine.template import render, try_out
 
 if TYPE_CHECKING:

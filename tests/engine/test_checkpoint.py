@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from engine import checkpoint
-from engine.checkpoint import (
+from engine.errors import CheckpointError
+from engine.loading import checkpoint
+from engine.loading.checkpoint import (
     read_config,
     read_header,
     tensors,
@@ -26,7 +27,6 @@ from engine.checkpoint import (
     verify_loaded,
     verify_tokenizer,
 )
-from engine.errors import CheckpointError
 from tests.models import FAMILIES, VOCABULARY, safetensors_file, tiny_model, tiny_tokenizer
 from tests.refusal import refusal
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from engine.detokenize import Detokenizer, StopStrings
+from engine.decoding.detokenize import Detokenizer, StopStrings
 from tests.models import tiny_tokenizer
 
 TOKENIZER = cast(PreTrainedTokenizerBase, tiny_tokenizer())

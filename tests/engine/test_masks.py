@@ -13,7 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from engine.masks import block_of, by_blocks, with_bias
+from engine.attending.masks import block_of, by_blocks, with_bias
 
 PATTERNS = {
     "causal": causal_mask_function,

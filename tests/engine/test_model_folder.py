@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import model_folder
-from engine.checkpoint import fetch_weights, locate, read_config, tensors
+from engine.loading import model_folder
+from engine.loading.checkpoint import fetch_weights, locate, read_config, tensors
 from tests.models import tiny_model
 from tests.refusal import refusal
 

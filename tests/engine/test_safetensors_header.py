@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.safetensors_header import read_header
+from engine.loading.safetensors_header import read_header
 from tests.models import safetensors_file
 from tests.refusal import refusal
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine import checkpoint
 from engine.contexts import CheckContext, EstimateContext, Receipt, Term
 from engine.errors import Problem
+from engine.loading import checkpoint
 from engine.probe import Probe
 from engine.session import Session
 from engine.shape import ModelShape, read_shape

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
+from engine.attending.scores import key_positions
 from engine.plugins.attention.eager import FALCON
 from engine.plugins.position_encoding.self_extend import SelfExtend
-from engine.scores import key_positions
 from tests.models import tiny_config
 from tests.plugins.helpers import logits, plain, relative
 

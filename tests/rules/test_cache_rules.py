@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import DynamicCache, StaticCache, masking_utils
 
-from engine.caching import cache_of
-from engine.evicting import EvictingLayer
+from engine.caching.evicting import EvictingLayer
+from engine.caching.layers import cache_of
 from tests.plugins.cache.evicted import batch, in_pieces, reference
 from tests.plugins.helpers import IDS, plain
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
-from engine import packing
 from engine.plugins.quantize.quanto import _unpack_in_torch
+from engine.quantizing import packing
 from tests.models import tiny_model
 from tests.plugins.helpers import IDS, logits, plain, relative
 

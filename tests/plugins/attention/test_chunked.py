@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import StaticCache
 
+from engine.attending.scores import eager
 from engine.plugins.attention.chunked import BlockAttention, Chunked
-from engine.scores import eager
 from tests.conftest import Build
 from tests.plugins.helpers import hints, logits, plain, receipt, relative, shape_of, terms, verdict
 from tests.test_equality import PROMPTS, greedy

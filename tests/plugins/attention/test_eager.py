@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from engine.attending.masks import with_bias
 from engine.contexts import AttentionContext
-from engine.masks import with_bias
 from engine.plugins.attention.eager import Eager
 from tests.conftest import Build
 from tests.plugins.helpers import (

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import windows
+from engine.attending import windows
 from engine.plugins.attention.sinks import Sinks
 from tests.conftest import Build
 from tests.plugins.attention.test_window import compare

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers.masking_utils import causal_mask_function
 
-from engine import windows
+from engine.attending import windows
 from engine.contexts import AttentionContext
 from engine.errors import RecipeError
 from engine.plugins.attention.sinks import Sinks

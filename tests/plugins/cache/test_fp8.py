@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.caching import measure
+from engine.caching.layers import measure
 from engine.plugins.cache.fp8 import Float8, Float8Layer
 from tests.conftest import Build
 from tests.plugins.cache.evicted import batch, in_pieces, positions

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.caching import measure
+from engine.caching.layers import measure
 from engine.contexts import CacheContext
 from engine.plugins.cache.sinks import Sinks
 from tests.conftest import Build

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache, StaticCache
 
 from engine.contexts import DecodeContext, Generation
-from engine.decoding import TokenDecoder
+from engine.decoding.loop import TokenDecoder
 from engine.plugins.decode.assisted import Assisted, AssistedDecoder
 from engine.plugins.decode.beam import Beam, BeamDecoder
 from engine.plugins.decode.generate import Generate

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, DynamicCache
 
 from engine.contexts import CheckContext, DecodeContext, Generation
-from engine.decoding import TokenDecoder
+from engine.decoding.loop import TokenDecoder
 from engine.plugins.decode.generate import Generate
 from tests.conftest import Build
 from tests.plugins.helpers import IDS, plain, receipt, verdict

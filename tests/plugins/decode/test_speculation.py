@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import engine
-from engine.decoding import TokenDecoder
+from engine.decoding.loop import TokenDecoder
 from engine.plugins.decode.assisted import Assisted
 from engine.plugins.decode.generate import Generate
 from engine.plugins.decode.prompt_lookup import PromptLookup, look_up

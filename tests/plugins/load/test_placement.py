@@ -12,7 +12,7 @@ import torch
 
 from engine import builder, recipe, verdict
 from engine.errors import DoesNotFit, EngineError, RecipeError
-from engine.placement import Placement
+from engine.loading.placement import Placement
 from tests.conftest import Build
 from tests.models import tiny_model
 from tests.plugins.helpers import logits, plain, receipt

@@ -14,7 +14,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from engine import rotary
 from engine.contexts import PositionContext
 from engine.errors import CheckpointError, RecipeError
 from engine.plugins.position_encoding.dynamic import Dynamic
@@ -23,6 +22,7 @@ from engine.plugins.position_encoding.llama3 import Llama3
 from engine.plugins.position_encoding.longrope import LongRope
 from engine.plugins.position_encoding.native import NativePositions
 from engine.plugins.position_encoding.yarn import Yarn
+from engine.positions import rotary
 from engine.shape import ModelShape, read_shape
 from tests.conftest import Build
 from tests.models import CONTEXT, VOCABULARY, tiny_config

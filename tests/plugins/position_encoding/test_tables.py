@@ -13,11 +13,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from engine import builder, position_tables, recipe
+from engine import builder, recipe
 from engine.contexts import PositionContext
 from engine.errors import RecipeError
 from engine.plugins.position_encoding.learned import Learned
 from engine.plugins.position_encoding.sinusoidal import Sinusoidal
+from engine.positions import position_tables
 from engine.session import Session
 from engine.shape import read_shape
 from tests.conftest import Build

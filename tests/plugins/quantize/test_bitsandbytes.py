@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from engine import packing
 from engine.errors import RecipeError
 from engine.plugins.quantize.bitsandbytes import BitsAndBytes, ComputeDtype, QuantType
+from engine.quantizing import packing
 from engine.session import Session
 from tests.conftest import Build
 from tests.plugins.helpers import (

@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from engine import packing, receipts, verdict
+from engine import receipts, verdict
 from engine.contexts import Quantization
 from engine.errors import RecipeError
-from engine.layers import source
 from engine.plugins.quantize import bitsandbytes, quanto
+from engine.quantizing import packing
+from engine.quantizing.layers import source
 from engine.recipe import compose
 from engine.session import Session
 from tests.conftest import Build
@@ -284,15 +285,16 @@ def test_a_quantizer_is_registered_and_taken_back() -> None:
 
     quantizer: Any = base.HfQuantizer
     other: Any = type("Other", (quantizer,), {})
-    forget = packing.register(QuantizationConfigMixin, quantizer, "of-ours")
+    register: Any = packing.register  # mypy wants a concrete class
+    forget = register(QuantizationConfigMixin, quantizer, "of-ours")
     assert AUTO_QUANTIZER_MAPPING["of-ours"] is quantizer
-    packing.register(QuantizationConfigMixin, quantizer, "of-ours")  # after a failed load
+    register(QuantizationConfigMixin, quantizer, "of-ours")  # after a failed load
     with pytest.raises(ValueError, match="has the quant_method of-ours already"):
-        packing.register(QuantizationConfigMixin, other, "of-ours")
+        register(QuantizationConfigMixin, other, "of-ours")
     forget()
     assert "of-ours" not in AUTO_QUANTIZER_MAPPING
     with pytest.raises(ValueError, match="quanto"):
-        packing.register(QuantizationConfigMixin, quantizer, "quanto")
+        register(QuantizationConfigMixin, quantizer, "quanto")
 
 
 def test_missing_libraries_and_packed_checkpoints_are_refused(

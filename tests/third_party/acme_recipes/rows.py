@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from engine import hookimpl, packing
+from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     EstimateContext,
@@ -16,6 +16,7 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
+from engine.quantizing import packing
 
 if TYPE_CHECKING:
     from engine.session import Session

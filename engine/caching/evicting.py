@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from engine.caching import FULL, Layer, layers_kept, refuse_without_full, rehearse
+from engine.caching.layers import FULL, Layer, layers_kept, refuse_without_full, rehearse
 from engine.contexts import CheckContext, EstimateContext, Receipt
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule

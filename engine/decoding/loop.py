@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.contexts import DecodeContext, Generation, Step
-from engine.detokenize import StopFinder
+from engine.decoding.detokenize import StopFinder
 from engine.errors import RuntimeFailure
 
 if TYPE_CHECKING:
     import torch
     from transformers import Cache, GenerationConfig
 
-    from engine.sampling import Limits, Sampler, Sampling
+    from engine.decoding.sampling import Limits, Sampler, Sampling
 
 
 @dataclass

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine.attending.masks import block_of
 from engine.errors import Problem, RuntimeFailure
-from engine.masks import block_of
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, Problem, RuntimeFailure
-from engine.safetensors_header import read_header
+from engine.loading.safetensors_header import read_header
 
 if TYPE_CHECKING:
     import torch

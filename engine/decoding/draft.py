@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import checkpoint
+from engine.decoding.speculation import RECURRENT, croppable
 from engine.errors import CheckpointError, Problem, RecipeError
-from engine.loading import quiet
+from engine.loading import checkpoint
+from engine.loading.common import quiet
 from engine.shape import ModelShape, read_shape
-from engine.speculation import RECURRENT, croppable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

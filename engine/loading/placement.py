@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.contexts import CheckContext, LoadContext
 from engine.errors import DoesNotFit, Problem, RecipeError, choices_hint
-from engine.places import places, usual_name
+from engine.loading.places import places, usual_name
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, Problem
 from engine.families import family
-from engine.safetensors_header import disguise
+from engine.loading.safetensors_header import disguise
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from engine import checkpoint
 from engine.families import family
+from engine.loading import checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from engine.contexts import CheckContext, Generation, Receipt
-from engine.decoding import Tally, TokenDecoder, picker
+from engine.decoding.loop import Tally, TokenDecoder, picker
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, Problem
 from engine.families import family
-from engine.model_folder import SMALL_FILES, escapes, fetch, is_local, locate
-from engine.model_json import (
+from engine.loading.model_folder import SMALL_FILES, escapes, fetch, is_local, locate
+from engine.loading.model_json import (
     bad_file,
     generation_config,
     json_object,
@@ -26,7 +26,7 @@ from engine.model_json import (
     some,
     unusable,
 )
-from engine.safetensors_header import Header, TensorInfo, read_header
+from engine.loading.safetensors_header import Header, TensorInfo, read_header
 
 if TYPE_CHECKING:
     import torch

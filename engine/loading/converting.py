@@ -23,9 +23,9 @@ import yaml
 
 from engine import recipe as recipes
 from engine.builder import build
-from engine.checkpoint import locate, some
 from engine.errors import EngineError, Problem, RecipeError, RuntimeFailure
-from engine.loading import quiet
+from engine.loading.checkpoint import locate, some
+from engine.loading.common import quiet
 from engine.recipe import Recipe
 from engine.registry import installed
 from engine.rules import Rule

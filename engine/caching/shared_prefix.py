@@ -10,9 +10,9 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.continuing import common, cut, held_at_most, room_needed, tokens_held
+from engine.caching.continuing import common, cut, held_at_most, room_needed, tokens_held
 from engine.generate import check_prompt, room_for
-from engine.rotary import frequency_set
+from engine.positions.rotary import frequency_set
 
 if TYPE_CHECKING:
     from transformers import Cache

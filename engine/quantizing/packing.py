@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.contexts import CheckContext, EstimateContext, Receipt, Term
 from engine.errors import Problem, RecipeError
-from engine.layers import Place, source
+from engine.quantizing.layers import Place, source
 
 if TYPE_CHECKING:
     import torch

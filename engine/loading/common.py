@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from logging import ERROR, getLogger
 from typing import TYPE_CHECKING, Any
 
-from engine import checkpoint
 from engine.errors import DoesNotFit
+from engine.loading import checkpoint
 
 if TYPE_CHECKING:
     from pathlib import Path

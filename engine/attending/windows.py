@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from engine.attending.masks import Mask
     from engine.contexts import CheckContext
-    from engine.masks import Mask
     from engine.session import Session
 
 BEYOND = 8

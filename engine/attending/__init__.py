@@ -1,0 +1,1 @@
+"""Masks, scores and windows: what the choices of `attention` share."""

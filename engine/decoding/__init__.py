@@ -1,0 +1,1 @@
+"""The loop, sampling, drafts and text: what the choices of `decode` share."""

@@ -1,0 +1,1 @@
+"""Find, verify and load a model's files: what the choices of `load` share."""

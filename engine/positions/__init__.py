@@ -1,0 +1,1 @@
+"""Frequencies and tables of positions: what the choices of `position_encoding` share."""
