@@ -11,6 +11,7 @@ it was interrupted, and `--again wrong late` tries those once more.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -65,6 +66,8 @@ def cells(arguments: argparse.Namespace) -> list[matrix.Cell]:
     """Return what is to be tried."""
     every = [*matrix.pairs(arguments.families)]
     every += matrix.combos(arguments.combos, families=arguments.families)
+    every += matrix.compiled() if arguments.combos else []
+    every.sort(key=lambda cell: hashlib.sha256(cell.name.encode()).digest())  # in no order
     unique = {cell.name: cell for cell in every}
     return [c for name, c in unique.items() if all(part in name for part in arguments.only)]
 
