@@ -107,10 +107,10 @@ hookimpl = pluggy.HookimplMarker("engine")
 
 @hookspec
 def reshape(context: ReshapeContext) -> ModelShape | None:
-    """Say what the choice makes of the model's shape: fewer key/value heads, a longer context.
+    """Say what the choice makes of the shape of the model: key/value heads, context.
 
-    Collecting, one after the other in the order of the slots: each gets what those before made of
-    the shape, and `None` leaves it. Runs first, when config.json is here. Option values that
+    Collecting. They answer one after the other in the order of the slots: each gets what those
+    before made of the shape, and `None` leaves it. Runs first, when config.json is here. Option values that
     `check` refuses leave the shape alone.
 
         @hookimpl

@@ -89,9 +89,12 @@ def test_the_installed_entry_points_are_those_declared() -> None:
 
 @pytest.mark.parametrize("file", PLUGINS, ids=_name)
 def test_every_plugin_has_tests(file: Path) -> None:
-    tests = ROOT / "tests/plugins" / file.parent.name / f"test_{file.stem}.py"
-    assert tests.is_file(), (
-        f"{_name(file)} has no tests of its own: write {_name(tests)}, against plain transformers, "
+    slot, choice = file.parent.name, file.stem.replace("_", "-")
+    own = ROOT / "tests/plugins" / slot / f"test_{file.stem}.py"
+    tests = [path.read_text("utf-8") for path in own.parent.glob("test_*.py")]
+    marks = (f"engine.plugins.{slot}.{file.stem} ", f'"{slot}={choice}"')
+    assert own.is_file() or any(mark in text for mark in marks for text in tests), (
+        f"{_name(file)} has no tests of its own: write {_name(own)}, against plain transformers, "
         "and with a receipt that must fail when the choice does nothing (CONTRIBUTING.md, step 3)"
     )
 

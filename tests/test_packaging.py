@@ -41,7 +41,7 @@ def test_the_wheel_has_engine_alone_at_the_top(built: Path) -> None:
         assert archive.read(top).decode().split() == ["engine"]
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"engine"}
     files = [*(ROOT / "plugins").rglob("*.py"), *(ROOT / "recipes").rglob("*.yaml")]
-    files += [file for file in (ROOT / "recipes/embedded").iterdir() if file.is_file()]
+    files += [file for file in (ROOT / "recipes").glob("embedded*/*") if file.is_file()]
     missing = {f"engine/{file.relative_to(ROOT).as_posix()}" for file in files} - set(names)
     assert not missing
 
