@@ -355,9 +355,12 @@ class Plain:
 
     def _pass(self, ids: list[int]) -> torch.Tensor:
         given = torch.tensor([ids])
-        found = self.model(
-            input_ids=given, attention_mask=torch.ones_like(given), use_cache=False
-        ).logits
+        mask: torch.Tensor = torch.ones_like(given)
+        if _Hand.windows and self.model.config._attn_implementation != "byhand":
+            hidden = _hidden(len(ids), _Hand.windows)
+            mask = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
+            mask = mask[None, None]
+        found = self.model(input_ids=given, attention_mask=mask, use_cache=False).logits
         return found[0].float()  # type: ignore[no-any-return]
 
     def gaps(self, prompt: list[int], new: list[int]) -> list[float]:
@@ -470,13 +473,10 @@ def _attention(
     if _Hand.positions.bias is not None:
         heads = query.shape[1]
         scores = scores - _slopes(heads)[:, None, None] * (at[:, None] - at[None, :])
-    hidden = at[None, :] > at[:, None]
+    full = _Hand.kinds[module.layer_idx] == "full_attention"
+    hidden = _hidden(length, [each for each in _Hand.windows if full or not each[2]])
     if attention_mask is not None:  # the model's own windows
         hidden = hidden | (attention_mask[0, 0, :, :length] < -1)
-    full = _Hand.kinds[module.layer_idx] == "full_attention"
-    for sinks, window, only_full in _Hand.windows:
-        if full or not only_full:
-            hidden = hidden | ((at[:, None] - at[None, :] >= window) & (at[None, :] >= sinks))
     scores = scores.masked_fill(hidden, -torch.inf)
     if s_aux is not None:
         extra = s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -484,6 +484,15 @@ def _attention(
     else:
         weights = scores.softmax(-1)
     return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def _hidden(length: int, windows: Sequence[tuple[int, int, bool]]) -> torch.Tensor:
+    """Return which keys a query must not see, `[queries, keys]`."""
+    at = torch.arange(length)
+    hidden = at[None, :] > at[:, None]
+    for sinks, window, _ in windows:
+        hidden = hidden | ((at[:, None] - at[None, :] >= window) & (at[None, :] >= sinks))
+    return hidden
 
 
 def _slopes(heads: int) -> torch.Tensor:

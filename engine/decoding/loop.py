@@ -56,7 +56,7 @@ class Run:
 
     @property
     def cache(self) -> Cache | None:
-        """Return the cache in use: the one that was given, unless the model has begun another."""
+        """Return the cache that was given."""
         found: Cache | None = self._kwargs.get("past_key_values")
         return found
 
@@ -80,6 +80,10 @@ class Run:
             is_first_iteration=self._first,
             **kwargs,
         )
+        if self.cache is not None and inputs.get("past_key_values") is not self.cache:
+            # Phi-3 lets go of its cache when its frequencies change: the keys in it, that is.
+            empty(self.cache)
+            inputs["past_key_values"] = self.cache
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1 + more
         if self._first:
@@ -108,6 +112,21 @@ class Run:
             outputs, kwargs, is_encoder_decoder=False, num_new_tokens=new
         )
         return longer
+
+
+def empty(cache: Cache) -> None:
+    """Take all tokens out of a cache."""
+    held = int(cache.get_seq_length())
+    if held and cache.is_croppable:
+        cache.crop(-held)
+    elif held:
+        cache.reset()
+    if int(cache.get_seq_length()):
+        raise RuntimeFailure(
+            f"the model needs new keys for all of the text, and a {type(cache).__name__} cannot be "
+            "emptied",
+            hint="cache=dynamic",
+        )
 
 
 def prepare(model: Any, generation: Generation, settings: GenerationConfig) -> Run:

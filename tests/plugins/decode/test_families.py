@@ -16,6 +16,9 @@ from engine.plugins.decode.assisted import Assisted, AssistedDecoder
 from engine.plugins.decode.beam import Beam, BeamDecoder
 from engine.plugins.decode.generate import Generate
 from engine.plugins.decode.prompt_lookup import LookupDecoder, PromptLookup
+from tests.conftest import Build
+from tests.models import tiny_model
+from tests.plain import greedy
 from tests.plugins.helpers import plain
 
 FAMILIES = (
@@ -118,3 +121,37 @@ def test_beams(family: Family) -> None:
     for rows in (ROWS[1:], ROWS):
         found, _ = answers(decoder, family.ask(rows))
         assert found == family.reference(rows, num_beams=3, length_penalty=0.5)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        ("dynamic",),
+        ("static",),
+        ("none",),
+        ("sliding", "cache.window=64"),
+        ("quantized", "cache.bits=8", "cache.residual=64", "cache.group_size=8"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_change_of_frequencies_keeps_the_cache_that_was_chosen(
+    build: Build, tmp_path: Path, cache: tuple[str, ...]
+) -> None:
+    """Phi-3 drops its keys where its long factors begin; the class of the cache must stay."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [3.0 + i for i in range(8)]}
+    folder = tiny_model(
+        "phi3", tmp_path, original_max_position_embeddings=32,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, **factors,
+                         "original_max_position_embeddings": 32},
+    )  # fmt: skip
+    words = [f"cache={cache[0]}", *cache[1:], "decode.max_new_tokens=20"]
+    session = build(f"model.path={folder}", *words)
+    kept: list[Any] = []
+    session.model.register_forward_hook(lambda module, given, out: kept.append(out.past_key_values))
+    prompt = "a tale of two layers"
+    ids = list(session.tokenizer(prompt)["input_ids"])
+    assert len(ids) < 32 < len(ids) + 20
+    found = session.generate(prompt).token_ids
+    assert found == greedy(folder, ids, 20, use_cache=False)
+    assert len({type(each) for each in kept}) == 1
+    assert len({id(each) for each in kept}) == 1
