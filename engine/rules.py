@@ -12,7 +12,8 @@ A plugin states them beside its traits:
         )
     }
 
-Libraries learn: `tests/test_rules.py` tries each forbidden pair for real, and fails when it works.
+Libraries learn: the tests in `tests/rules` try each forbidden pair for real, and fail when it
+works.
 """
 
 from __future__ import annotations

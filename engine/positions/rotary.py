@@ -11,7 +11,7 @@ import copy
 import importlib.util
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -299,8 +299,7 @@ def _run(rotary: Any, tokens: int) -> None:
     """Let an embedding whose frequencies depend on the length compute those for `tokens` tokens."""
     import torch
 
-    stated = rotary.rope_type
-    for label, kind in stated.items() if isinstance(stated, Mapping) else [(None, stated)]:
+    for label, kind in _scaled_by(rotary).items():
         if kind == "longrope" or "dynamic" in kind:
             device = next(iter(_frequencies(rotary).values())).device
             with torch.no_grad():
@@ -309,6 +308,28 @@ def _run(rotary: Any, tokens: int) -> None:
                     torch.tensor([[tokens - 1]], device=device),
                     **({"layer_type": label} if label else {}),
                 )
+
+
+def forget_lengths(model: PreTrainedModel) -> None:
+    """Let each pass compute its own frequencies, where they depend on the length of the text.
+
+    transformers keeps those of the longest text so far until one is shorter than the trained
+    context, so that an answer would depend on what was asked before.
+    """
+    for module in model.modules():
+        if any("dynamic" in kind for kind in _scaled_by(module).values()):
+            module.register_forward_pre_hook(_forget)
+
+
+def _forget(rotary: Any, inputs: Any) -> None:
+    for name in [name for name in vars(rotary) if name.endswith("max_seq_len_cached")]:
+        setattr(rotary, name, 0)
+
+
+def _scaled_by(module: Any) -> dict[str, str]:
+    """Return how a rotary embedding scales, by type of layer; under '' where there is one kind."""
+    kind = getattr(module, "rope_type", "")
+    return dict(kind) if isinstance(kind, Mapping) else {"": kind}
 
 
 def _frequencies(module: nn.Module) -> dict[str, Tensor]:
@@ -327,14 +348,9 @@ def frequency_set(config: PretrainedConfig, tokens: int) -> int:
     frequencies are others (transformers' `dynamic_rope_update`).
     """
     text: Any = config.get_text_config()
-    given = getattr(text, "rope_parameters", None) or {}
-    sets: Iterable[Any] = (
-        given.values() if any(isinstance(each, Mapping) for each in given.values()) else [given]
-    )
     found = 0
-    for each in sets:
-        kind = str((each or {}).get("rope_type", ""))
-        if kind not in ("dynamic", "longrope"):
+    for each in by_label(getattr(text, "rope_parameters", None) or {}).values():
+        if each is None or (kind := kind_of(each)) not in ("dynamic", "longrope"):
             continue
         usual = each.get("original_max_position_embeddings") or text.max_position_embeddings
         if tokens > usual:

@@ -155,7 +155,7 @@ def _quantized(part: torch.Tensor, bits: int, dim: int) -> Codes:
 class Quantized:
     """Keep keys and values in `bits` (4 or 8), keys by channel and values by token, as KIVI does.
 
-    Liu et al. 2024, arXiv 2402.02750, section 3.2: `group_size` tokens share a scale and a zero for
+    Liu et al. 2024, arXiv 2402.02750, section 3: `group_size` tokens share a scale and a zero for
     each channel of their keys, and so do up to `group_size` channels of a token's values, because
     keys have outliers in a few channels and values have not. The last `residual` tokens stay as
     they came. Scales are in the model's number format. Each step converts all back, which costs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
 from engine.contexts import (
@@ -43,6 +43,7 @@ class Dynamic:
     factor: float = 4.0
     alpha: float | None = None
 
+    provides: ClassVar[tuple[str, ...]] = ("position.varies",)
     needs: ClassVar[dict[str, str | Rule]] = {
         "cache.none": Rule(
             code="dynamic-rope-cache",
@@ -78,14 +79,8 @@ class Dynamic:
 
     @hookimpl
     def prepare(self, context: PrepareContext) -> PreTrainedModel:
-        """Let each pass compute its own frequencies.
-
-        transformers keeps those of the longest text so far until a text is shorter than L, so that
-        an answer would depend on what was asked before.
-        """
-        for module in context.model.modules():
-            if "dynamic" in _kinds(module):
-                module.register_forward_pre_hook(_forget)
+        """Let each pass compute its own frequencies."""
+        rotary.forget_lengths(context.model)
         return context.model
 
     @hookimpl
@@ -100,14 +95,3 @@ class Dynamic:
     @property
     def _alpha(self) -> float:
         return self.factor if self.alpha is None else self.alpha
-
-
-def _kinds(module: Any) -> list[str]:
-    """Return how a rotary embedding scales, per type of layer."""
-    kind = getattr(module, "rope_type", "")
-    return list(kind.values()) if isinstance(kind, dict) else [kind]
-
-
-def _forget(module: Any, inputs: Any) -> None:
-    for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-        setattr(module, name, 0)

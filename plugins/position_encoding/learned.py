@@ -33,7 +33,7 @@ class Learned:
     """Stretch a learned table of positions to `factor` times its rows, by linear interpolation.
 
     Position m gets the row at m / `factor`, between two rows that were trained: the position
-    interpolation of Chen et al. 2023, arXiv 2306.15595, section 3.2, on a table instead of rotary
+    interpolation of Chen et al. 2023, arXiv 2306.15595, section 2.3, on a table instead of rotary
     angles. The last rows, which have no neighbor above, repeat the last one. Without fine-tuning,
     text of any length is predicted worse than before.
     """

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class Linear:
     """Divide every rotary frequency by `factor`: position interpolation.
 
-    Chen et al. 2023, arXiv 2306.15595, section 3.2. The context becomes `factor` times as long, and
-    all positions lie between those that were trained. The paper fine-tunes for about 1000 steps
-    (section 3.4); without that, short texts are predicted worse than before.
+    Chen et al. 2023, arXiv 2306.15595, section 2.3. The context becomes `factor` times as long, and
+    all positions lie between those that were trained. The paper fine-tunes for up to 1000 steps;
+    without that, short texts are predicted worse than before.
     """
 
     factor: float = 4.0

@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt
+from engine.contexts import (
+    CheckContext,
+    PositionContext,
+    PositionEncoding,
+    PrepareContext,
+    Receipt,
+)
 from engine.errors import Problem
 from engine.positions import rotary
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from engine.session import Session
 
 
@@ -38,6 +46,12 @@ class NativePositions:
         return PositionEncoding(config=context.config)
 
     @hookimpl
+    def prepare(self, context: PrepareContext) -> PreTrainedModel:
+        """Let no answer depend on the length of earlier texts, where frequencies do."""
+        rotary.forget_lengths(context.model)
+        return context.model
+
+    @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Compare the model's real frequencies with those that its checkpoint's config makes."""
         text = session.model.config.get_text_config()
@@ -53,7 +67,7 @@ class NativePositions:
             evidence={
                 "inverse frequencies": found.total,
                 "of them changed": found.changed,
-                "context": int(getattr(text, "max_position_embeddings", None) or 0),
+                "context": rotary.context_of(text),
             },
             ok=same and found.changed == 0,
         )
