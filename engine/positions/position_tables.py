@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.families import family
 from engine.loading import checkpoint
+from engine.loading.rewriting import rewriting
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +70,6 @@ def module(session: Session, table: Table) -> nn.Embedding:
     return found
 
 
-def came_from_files(session: Session, table: Table) -> bool:
-    """Tell a table that was rewritten while it loaded from a made up one."""
-    used = getattr(session.model, "_weight_conversions", None) or ()
-    return any(f"{table.name}.weight" in each.source_patterns for each in used)
-
-
 def stored(session: Session, table: Table) -> torch.Tensor | None:
     """Return the table as the checkpoint has it; None where it is not in safetensors."""
     from safetensors import safe_open
@@ -90,36 +85,8 @@ def stored(session: Session, table: Table) -> torch.Tensor | None:
 
 def converters(table: Table, rewrite: Rewrite) -> Sequence[WeightConverter]:
     """Return what rewrites a table while it loads."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter
 
-    class Keep(ConversionOps):
-        """Save a rewritten table as it is."""
+    def change(tensor: torch.Tensor, module: Any) -> torch.Tensor:
+        return rewrite(tensor, module.num_embeddings).to(tensor.dtype)
 
-        def convert(
-            self,
-            input_dict: dict[str, Any],
-            source_patterns: list[str],
-            target_patterns: list[str],
-            **known: Any,
-        ) -> dict[str, Any]:
-            return input_dict
-
-    class Rewritten(ConversionOps):
-        """Give the table the rows that the model has."""
-
-        def convert(
-            self,
-            input_dict: dict[str, Any],
-            source_patterns: list[str],
-            target_patterns: list[str],
-            **known: Any,
-        ) -> dict[str, Any]:
-            ((_, (tensor,)),) = input_dict.items()
-            layer = known["model"].get_submodule(known["full_layer_name"].rpartition(".")[0])
-            return {target_patterns[0]: rewrite(tensor, layer.num_embeddings).to(tensor.dtype)}
-
-        @property
-        def reverse_op(self) -> ConversionOps:
-            return Keep()
-
-    return [WeightConverter(f"{table.name}.weight", f"{table.name}.weight", [Rewritten()])]
+    return rewriting([f"{table.name}.weight"], change)

@@ -12,6 +12,7 @@ from engine import hookimpl
 from engine.contexts import CheckContext, Heads, HeadsContext, Receipt, ReshapeContext
 from engine.errors import Problem, RecipeError
 from engine.families import family
+from engine.loading.rewriting import rewriting, were_rewritten
 from engine.shape import read_shape
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class GroupedHeads:
             "projections": len(projections),
             "rows of each": ", ".join(map(str, sorted(rows))),
         }
-        pooled = _were_pooled(session)
+        pooled = were_rewritten(model, "k_proj.weight")
         heads = self.num_key_value_heads
         worst = _largest_difference(session, heads) if pooled else None
         if worst is not None:
@@ -216,12 +217,6 @@ def _pool(tensor: torch.Tensor, rows: int, heads: int) -> torch.Tensor:
     return grouped.mean(dim=1).flatten(0, 1).to(tensor.dtype)
 
 
-def _were_pooled(session: Session) -> bool:
-    """Tell weights that came from files, and so went through a conversion, from made up ones."""
-    used = getattr(session.model, "_weight_conversions", None) or ()
-    return any("k_proj.weight" in conversion.source_patterns for conversion in used)
-
-
 def _largest_difference(session: Session, heads: int) -> float | None:
     """Return how far the first layer's keys and values are from means of the checkpoint's.
 
@@ -253,43 +248,13 @@ def _largest_difference(session: Session, heads: int) -> float | None:
 
 def _converters(heads: int) -> list[WeightConverter]:
     """Return what pools k_proj and v_proj while they load, before they are quantized."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter
 
-    class Keep(ConversionOps):
-        """Save pooled tensors as they are."""
+    def pool(tensor: torch.Tensor, layer: Any) -> torch.Tensor:
+        rows = layer.out_features
+        # Others, such as a vision tower's, have the rows that they had.
+        if rows < tensor.shape[0] and tensor.shape[0] % rows == 0 == rows % heads:
+            return _pool(tensor, rows, heads)
+        return tensor
 
-        def convert(
-            self,
-            input_dict: dict[str, Any],
-            source_patterns: list[str],
-            target_patterns: list[str],
-            **known: Any,
-        ) -> dict[str, Any]:
-            return input_dict
-
-    class Pool(ConversionOps):
-        """Average to the rows that the layer has; leave others, such as a vision tower's, alone."""
-
-        def convert(
-            self,
-            input_dict: dict[str, Any],
-            source_patterns: list[str],
-            target_patterns: list[str],
-            **known: Any,
-        ) -> dict[str, Any]:
-            ((_, (tensor,)),) = input_dict.items()
-            layer = known["model"].get_submodule(known["full_layer_name"].rpartition(".")[0])
-            rows = layer.out_features
-            if rows < tensor.shape[0] and tensor.shape[0] % rows == 0 == rows % heads:
-                tensor = _pool(tensor, rows, heads)
-            return {target_patterns[0]: tensor}
-
-        @property
-        def reverse_op(self) -> ConversionOps:
-            return Keep()
-
-    return [
-        WeightConverter(f"{layer}.{part}", f"{layer}.{part}", [Pool()])
-        for layer in ("k_proj", "v_proj")
-        for part in ("weight", "bias")
-    ]
+    layers, parts = ("k_proj", "v_proj"), ("weight", "bias")
+    return rewriting([f"{layer}.{part}" for layer in layers for part in parts], pool)

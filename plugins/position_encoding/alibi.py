@@ -11,11 +11,11 @@ from engine import hookimpl
 from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt, ReshapeContext
 from engine.errors import Problem
 from engine.loading import places
+from engine.loading.rewriting import rewriting
 from engine.positions.late_rope import unrotated
 
 if TYPE_CHECKING:
     import torch
-    from transformers.core_model_loading import WeightConverter
 
     from engine.session import Session
     from engine.shape import ModelShape
@@ -78,7 +78,9 @@ class Alibi:
         if getattr(text, "rope_parameters", None):
             return PositionEncoding(config=unrotated(context.config), bias=bias)
         config = copy.deepcopy(context.config)
-        return PositionEncoding(config=config, bias=bias, converters=_zeros())
+        tables = [f"{name}.weight" for name in TABLES]
+        emptied = rewriting(tables, lambda tensor, _: tensor.new_zeros(tensor.shape))
+        return PositionEncoding(config=config, bias=bias, converters=emptied)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
@@ -152,27 +154,3 @@ def slopes(heads: int) -> list[float]:
 def _tables(names: Any) -> list[str]:
     ends = tuple(f"{name}.weight" for name in TABLES)
     return [name for name in names if name.endswith(ends)]
-
-
-def _zeros() -> list[WeightConverter]:
-    """Return what empties a table of positions while it loads."""
-    from transformers.core_model_loading import ConversionOps, WeightConverter
-
-    class Empty(ConversionOps):
-        """Fill with zeros; saved as they are."""
-
-        def convert(
-            self,
-            input_dict: dict[str, Any],
-            source_patterns: list[str],
-            target_patterns: list[str],
-            **known: Any,
-        ) -> dict[str, Any]:
-            ((_, (tensor,)),) = input_dict.items()
-            return {target_patterns[0]: tensor[:].new_zeros(tensor.shape)}
-
-        @property
-        def reverse_op(self) -> ConversionOps:
-            return self
-
-    return [WeightConverter(f"{name}.weight", f"{name}.weight", [Empty()]) for name in TABLES]

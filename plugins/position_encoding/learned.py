@@ -19,6 +19,7 @@ from engine.contexts import (
 )
 from engine.errors import Problem, RecipeError
 from engine.loading import places
+from engine.loading.rewriting import were_rewritten
 from engine.positions import position_tables
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Learned:
         }
         claim = "the model was made with a table of this many rows; there was none to stretch"
         worst = 0.0
-        if position_tables.came_from_files(session, table):
+        if were_rewritten(session.model, f"{table.name}.weight"):
             claim = "the learned positions are stretched over a longer context"
             stored = position_tables.stored(session, table)
             if stored is not None:
