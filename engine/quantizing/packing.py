@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from engine.session import Session
-    from engine.shape import ModelShape
+    from engine.shape import ModelShape, TensorSize
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 RELICS = re.compile(r"\.attn(\.attention)?\.bias$|\.masked_bias$|rotary_emb\.inv_freq$")
@@ -199,21 +199,39 @@ def in_memory(context: EstimateContext) -> Iterator[Weight]:
     format.
     """
     shape = context.shape
-    code = source(shape.model_type)
-    ignored = [re.compile(each) for each in code.listed("_keys_to_ignore_on_load_unexpected")]
     pooling = _pooling(shape)
-    for name, tensor in shape.tensors.items():
-        place = code.place(name)
-        beyond = place is None or not place.exact or _layer(name) >= shape.layers
-        if RELICS.search(name) or (beyond and any(each.search(name) for each in ignored)):
-            continue
-        if shape.tied and place and place.head:
-            continue
+    for name, tensor, place in _read(shape):
         sizes = tensor.shape
         if pooling > 1 and _is_key_or_value(name):
             sizes = (sizes[0] // pooling, *sizes[1:])
         size = _value_bytes(context, name, tensor.dtype, tensor.nbytes // (prod(sizes) or 1))
         yield Weight(name=name, shape=tuple(sizes), value_bytes=size, place=place)
+
+
+def to_pack(
+    shape: ModelShape, *, kinds: Collection[str], skip: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Return the layers that will be packed, each with its rows and columns, as far as known."""
+    found = {}
+    for name, tensor, place in _read(shape):
+        weight = Weight(name=name, shape=tuple(tensor.shape), value_bytes=0, place=place)
+        if len(weight.shape) == 2 and _is_packed(shape.model_type, weight, kinds, skip):
+            module = place.module if place else name.removesuffix(".weight")
+            found[module] = (weight.rows, weight.columns)
+    return found
+
+
+def _read(shape: ModelShape) -> Iterator[tuple[str, TensorSize, Place | None]]:
+    """Yield the tensors of the checkpoint that the model reads, and where they belong."""
+    code = source(shape.model_type)
+    ignored = [re.compile(each) for each in code.listed("_keys_to_ignore_on_load_unexpected")]
+    for name, tensor in shape.tensors.items():
+        place = code.place(name)
+        beyond = place is None or not place.exact or _layer(name) >= shape.layers
+        if RELICS.search(name) or (beyond and any(each.search(name) for each in ignored)):
+            continue
+        if not (shape.tied and place and place.head):
+            yield name, tensor, place
 
 
 def _is_packed(

@@ -19,7 +19,7 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.quantizing import packing
+from engine.quantizing import misread, packing
 from engine.quantizing.layers import source
 from engine.rules import Rule
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from engine.session import Session
+    from engine.shape import ModelShape
 
 LAYERS = ("Linear", "Conv1D")
 
@@ -77,14 +78,19 @@ class BitsAndBytes:
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
         """Refuse a missing library, impossible options and quantizing twice."""
-        yield from packing.refusals(
-            context,
-            choice="bitsandbytes",
-            library="bitsandbytes",
-            extra="bitsandbytes",
-            kinds=LAYERS,
-            skip=self.skip_modules,
+        refused = list(
+            packing.refusals(
+                context,
+                choice="bitsandbytes",
+                library="bitsandbytes",
+                extra="bitsandbytes",
+                kinds=LAYERS,
+                skip=self.skip_modules,
+            )
         )
+        yield from refused
+        if context.shape is not None and not refused:
+            yield from self._misfits(context.shape, context.traits)
         if self.bits not in (4, 8):
             message = f"quantize.bits={self.bits}: bitsandbytes has 4 and 8"
             yield Problem(slot="quantize", code="value", message=message, hint="quantize.bits=4")
@@ -100,9 +106,13 @@ class BitsAndBytes:
                         hint="quantize.bits=4",
                     )
 
-        shape, expands = context.shape, "def expand_kv("
-        elsewhere = "target.cuda" not in context.traits
-        if self.bits == 8 and elsewhere and shape and expands in source(shape.model_type).code:
+    def _misfits(self, shape: ModelShape, traits: frozenset[str]) -> Iterator[Problem]:
+        """Refuse layers that its kernels for CPUs do not multiply, or not rightly."""
+        if self.bits == 4 and "target.cpu" in traits:
+            layers = packing.to_pack(shape, kinds=LAYERS, skip=self.skip_modules)
+            yield from misread.problems(layers, self.skip_modules)
+        latent = "def expand_kv(" in source(shape.model_type).code
+        if self.bits == 8 and "target.cuda" not in traits and latent:
             left = any(packing.matches("self_attn.kv_b_proj", [each]) for each in self.skip_modules)
             if not left:
                 what = f"quantize=bitsandbytes in 8 bits does not work with {shape.model_type}"
@@ -147,7 +157,7 @@ class BitsAndBytes:
         )
         if self.bits == 8:
             config = make(load_in_8bit=True, llm_int8_skip_modules=skip)
-            return Quantization(config=config, finish=_finish)
+            return Quantization(config=config)
         name = self.compute_dtype.value
         if self.compute_dtype is ComputeDtype.auto:
             name = str(context.dtype).removeprefix("torch.").replace("float32", "bfloat16")
@@ -158,7 +168,21 @@ class BitsAndBytes:
             bnb_4bit_compute_dtype=getattr(torch, name),
             llm_int8_skip_modules=skip,
         )
-        return Quantization(config=config, finish=_finish)
+        return Quantization(config=config, finish=self._finish)
+
+    def _finish(self, model: PreTrainedModel) -> None:
+        """Refuse what is misread, where `check` did not know; keep packed weights as they are.
+
+        On CPUs with AVX512-BF16 bitsandbytes would repack them in place at the first forward pass;
+        state_dict, save_pretrained and dequantize then silently give garbage (bitsandbytes 0.50.2,
+        its issue 2078; seen 2026-11-22).
+        """
+        from bitsandbytes.nn.modules import Linear4bit
+
+        misread.refuse_misread(model, self.skip_modules)
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
@@ -191,20 +215,6 @@ class BitsAndBytes:
             and (state is None or state.quant_type == self.quant_type.value)
             and (state is None or state.nested == self.double_quant),
         )
-
-
-def _finish(model: PreTrainedModel) -> None:
-    """Keep packed weights as they are.
-
-    On CPUs with AVX512-BF16 bitsandbytes would repack them in place at the first forward pass;
-    state_dict, save_pretrained and dequantize then silently give garbage (bitsandbytes 0.50.2,
-    its issue 2078; seen 2026-11-22).
-    """
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _parts(module: Any) -> Iterator[torch.Tensor]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
 from engine.contexts import EstimateContext, Quantization, QuantizeContext, Receipt, Term
-from engine.quantizing import packing
+from engine.quantizing import misread, packing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,9 +59,12 @@ class Unquantized:
 def _keep_packing(model: PreTrainedModel) -> None:
     """Forbid bitsandbytes to repack the weights of a 4-bit checkpoint when they are first used.
 
-    On CPUs with AVX512-BF16 it does, in place; state_dict and save_pretrained then silently give
-    garbage (bitsandbytes 0.50.2, its issue 2078; seen 2026-11-22).
+    And refuse one that it would misread: how wide its layers are is not known before. On CPUs with
+    AVX512-BF16 it repacks, in place; state_dict and save_pretrained then silently give garbage
+    (bitsandbytes 0.50.2, its issue 2078; seen 2026-11-22).
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, not all have it
+    packed: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    if packed:
+        misread.refuse_misread(model, None)
+    for module in packed:
+        module.support_avx512bf16_for_cpu = False
