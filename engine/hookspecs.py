@@ -32,11 +32,13 @@ State traits, never names of choices: then plugins that do not know each other c
     model.rope, .learned_positions, .sinusoidal, .alibi     how it encodes positions
     model.alibi_by_mask         it makes ALiBi biases as long as the padding mask (BLOOM, Falcon)
     model.longrope              it reads 'yarn' as longrope (Phi-3 and kin)
+    model.rope_varies           its rotary frequencies depend on the length of the text
     model.split_kv, .kv_heads   projections of keys and values apart; their heads can be fewer
     model.latent_kv, .sliding, .recurrent, .moe, .softcap, .sinks     MLA; windows; layers that
                                 keep a state; experts; capped scores; learned sinks
     weights.packed              the weights are no plain numbers any more
     heads.pooled                key/value heads are means of the checkpoint's
+    position.varies             rotary frequencies depend on the length of the text
     position.bias, .scores      attention must add a bias, or compute other scores ...
     attention.bias, .scores     ... and can
     attention.window, .flash    old tokens are hidden; no mask of queries and keys is taken
@@ -110,8 +112,8 @@ def reshape(context: ReshapeContext) -> ModelShape | None:
     """Say what the choice makes of the shape of the model: key/value heads, context.
 
     Collecting. They answer one after the other in the order of the slots: each gets what those
-    before made of the shape, and `None` leaves it. Runs first, when config.json is here. Option values that
-    `check` refuses leave the shape alone.
+    before made of the shape, and `None` leaves it. Runs first, when config.json is here. Option
+    values that `check` refuses leave the shape alone.
 
         @hookimpl
         def reshape(self, context):

@@ -426,6 +426,8 @@ class _Reader:
         yield from code - {"model.rope", "model.split_kv", "model.alibi_by_mask"}
         if position == "rope" and "model.rope" in code:
             yield "model.rope"
+        if position == "rope" and self.rope_type() in ("dynamic", "longrope"):
+            yield "model.rope_varies"
         if position == "alibi" and "model.alibi_by_mask" in code:
             yield "model.alibi_by_mask"
         if position in ("alibi", "sinusoidal"):

@@ -87,6 +87,12 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 """Options that a choice is tried with, by label; without an entry, its defaults. In braces what
 depends on the family, see `_fitting`."""
 
+COMPANIONS = {
+    "position_encoding=dynamic": ("cache", "cache=none"),
+    "position_encoding=longrope short and long": ("cache", "cache=none"),
+}
+"""What a choice is tried with where a cell says nothing of that slot, since it needs it."""
+
 DRAFT = "draft"
 """Stands for a model that guesses for the others: a Llama with other weights, same vocabulary."""
 
@@ -219,6 +225,9 @@ def judge(cell: Cell, folder_of: Callable[[str], Path]) -> Result:
     folder = folder_of(cell.family)
     words = [f"model.path={folder}", "model.dtype=float32", f"decode.max_new_tokens={NEW}"]
     given = [word for variant in cell.variants for word in variant.words]
+    said = {variant.slot for variant in cell.variants}
+    for slot, word in {COMPANIONS.get(variant.name, ("", "")) for variant in cell.variants}:
+        given += [] if not slot or slot in said else [word]
     if any("{" in word for word in given):
         values = _fitting(folder) | {"draft": str(folder_of(DRAFT))}
         given = [word.format(**values) for word in given]

@@ -114,7 +114,7 @@ class Run:
         return longer
 
 
-def empty(cache: Cache) -> None:
+def empty(cache: Any) -> None:
     """Take all tokens out of a cache."""
     held = int(cache.get_seq_length())
     if held and cache.is_croppable:

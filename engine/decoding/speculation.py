@@ -59,7 +59,12 @@ LONGROPE = Rule(
     source="prepare_inputs_for_generation in modeling_phi3.py of transformers",
     seen=SEEN,
 )
-EXCLUDES = {"cache.static": STATIC, "cache.evicting": EVICTING, "model.longrope": LONGROPE}
+EXCLUDES = {
+    "cache.static": STATIC,
+    "cache.evicting": EVICTING,
+    "model.rope_varies": LONGROPE,
+    "position.varies": LONGROPE,
+}
 UNCROPPABLE = frozenset({"linear_attention", "recurrent"})
 """Layer types with a state that cannot be cut back; convolutions record their past, and can."""
 

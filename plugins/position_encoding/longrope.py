@@ -38,9 +38,14 @@ class LongRope:
     attention_factor: float | None = None
 
     @property
+    def provides(self) -> tuple[str, ...]:
+        """Say whether frequencies change with the length of the text."""
+        return () if self.short_factor in (None, self.long_factor) else ("position.varies",)
+
+    @property
     def needs(self) -> dict[str, Rule]:
         """Return what a change of frequencies asks for."""
-        if self.short_factor in (None, self.long_factor):
+        if not self.provides:
             return {}
         return {
             "cache.none": Rule(
