@@ -174,7 +174,7 @@ def _part(one: Chosen, default: Any, plan: _Plan) -> Part:
     return Part(
         slot=one.slot,
         choice=one.choice,
-        plugin=_plugin_name(one),
+        plugin=registry.name_of(one.slot, kind, one.choice),
         origin=origin,
         about=sentences[0] if sentences else "",
         options=tuple(_options(one.plugin)),
@@ -184,14 +184,6 @@ def _part(one: Chosen, default: Any, plan: _Plan) -> Part:
         sources=sources,
         links=tuple(dict.fromkeys([*_links(sources), *_homes(origin)])),
     )
-
-
-def _plugin_name(one: Chosen) -> str:
-    kind = type(one.plugin)
-    value = f"{kind.__module__}:{kind.__qualname__}"
-    claims = registry.installed()[one.slot]
-    names = [name for name, found in claims.items() if any(c.entry.value == value for c in found)]
-    return names[0] if names and one.choice not in names else one.choice
 
 
 def _options(plugin: Any) -> Iterator[Option]:

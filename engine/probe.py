@@ -32,6 +32,12 @@ class Probe:
     attention_calls: int = 0
     """How often the plugin's own attention forward ran."""
 
+    def calls(self, *parts: str) -> int:
+        """Return how often operators ran whose names have one of these in them."""
+        return sum(
+            count for name, count in self.operators.items() if any(part in name for part in parts)
+        )
+
     @property
     def kept(self) -> dict[str, str | int]:
         """Return what lies in the cache, counted in its tensors, and how many tokens were sent."""

@@ -185,6 +185,14 @@ def find(slot: str, name: str) -> Choice:
     )
 
 
+def name_of(slot: str, plugin: type[Any], choice: str) -> str:
+    """Return the name of a plugin's class, where `choice` may be that of a preset."""
+    value = f"{plugin.__module__}:{plugin.__qualname__}"
+    claims = installed()[slot]
+    names = [name for name, found in claims.items() if any(c.entry.value == value for c in found)]
+    return names[0] if names and choice not in names else choice
+
+
 def origin(slot: str, plugin: type[Any]) -> str:
     """Return the distribution of a plugin's class, or where the class is defined."""
     return _origins.get((slot, plugin), f"{plugin.__module__}:{plugin.__qualname__}")

@@ -27,7 +27,7 @@ from engine.errors import EngineError, Problem, RecipeError, RuntimeFailure
 from engine.loading.checkpoint import locate, some
 from engine.loading.common import quiet
 from engine.recipe import Recipe
-from engine.registry import installed
+from engine.registry import name_of
 from engine.rules import Rule
 from engine.verdict import check
 
@@ -167,30 +167,23 @@ def _reduced(recipe: Recipe, stack: ExitStack, path: str) -> Recipe:
     model = values["model"] | ({} if written else {"path": path, "revision": None})
     kept = {slot: values[slot] for slot in written} | {"model": model, "seed": recipe.seed}
     kept["target"] = values["target"]
-    plugins = [{f"override {slot}": _plugin_name(recipe, slot)} for slot in written]
+    # By the plugins' names: a preset may be where only its own recipe finds it.
+    kinds = {slot: type(getattr(recipe, slot)) for slot in written}
+    plugins = [
+        {f"override {slot}": name_of(slot, kind, recipe.choices[slot])}
+        for slot, kind in kinds.items()
+    ]
     file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "converting.yaml"
     text = yaml.safe_dump({"defaults": ["base", *plugins, "_self_"], **kept})
     file.write_text(text, encoding="utf-8")
     return recipes.compose(file)
 
 
-def _plugin_name(recipe: Recipe, slot: str) -> str:
-    """Return the name of a slot's plugin; a preset may be where only its own recipe finds it."""
-    kind = type(getattr(recipe, slot))
-    value = f"{kind.__module__}:{kind.__qualname__}"
-    for name, claims in installed()[slot].items():
-        if any(claim.entry.value == value for claim in claims):
-            return name
-    return recipe.choices[slot]
-
-
 def _save(session: Session, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    model, source = (
-        session.model,
-        locate(session.recipe.model.path, session.recipe.model.revision, download=False),
-    )
+    model, asked = session.model, session.recipe.model
+    source = locate(asked.path, asked.revision, download=False)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_serializable():
         raise RecipeError(

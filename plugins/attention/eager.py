@@ -56,7 +56,7 @@ class Eager:
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Count softmaxes, and that no fused kernel ran, in the probe."""
         operators = session.probe.operators
-        fused = sum(count for name, count in operators.items() if "scaled_dot_product" in name)
+        fused = session.probe.calls("scaled_dot_product")
         # _safe_softmax is what SDPA falls back to, so it is no evidence for eager.
         softmax = operators["aten::softmax"] + operators["aten::_softmax"]
         implementation = str(session.model.config._attn_implementation)

@@ -40,11 +40,8 @@ class NativeAttention:
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Tell which implementation it was, and that attention ran."""
-        operators = session.probe.operators
-        fused = sum(count for name, count in operators.items() if "scaled_dot_product" in name)
-        softmax = sum(
-            operators[f"aten::{name}"] for name in ("softmax", "_softmax", "_safe_softmax")
-        )
+        fused = session.probe.calls("scaled_dot_product")
+        softmax = session.probe.calls("softmax")
         yield Receipt(
             slot="attention",
             claim="attention runs as transformers chose",
