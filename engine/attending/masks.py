@@ -61,6 +61,13 @@ def block_of(mask: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
     return mask.block(rows, columns)  # type: ignore[no-any-return]
 
 
+def seen(mask: torch.Tensor) -> torch.Tensor:
+    """Return which pairs a mask leaves to be seen, whether it is boolean or additive."""
+    import torch
+
+    return mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def _visible(given: Mapping[str, Any]) -> torch.Tensor:
     """Return the boolean mask, never skipped."""
     from transformers.masking_utils import sdpa_mask
@@ -78,9 +85,8 @@ def _added(
     device = found.device
     queries = torch.arange(found.shape[-2], device=device) + given["q_offset"]
     keys = torch.arange(found.shape[-1], device=device) + given["kv_offset"]
-    hidden = found.logical_not() if found.dtype is torch.bool else found < 0
     added = bias(queries, keys).to(dtype).expand(found.shape[0], -1, -1, -1)
-    return added.masked_fill(hidden, torch.finfo(dtype).min)
+    return added.masked_fill(~seen(found), torch.finfo(dtype).min)
 
 
 @cache

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.attending.masks import block_of
+from engine.attending.masks import block_of, seen
 from engine.errors import Problem, RuntimeFailure
 
 if TYPE_CHECKING:
@@ -131,8 +131,7 @@ def key_positions(
     own = newest.new_full(newest.shape, keys - 1)
     if mask is not None:
         row = block_of(mask, slice(queries - 1, queries), slice(None))[:, 0, 0]
-        seen = row if row.dtype is torch.bool else row > torch.finfo(row.dtype).min / 2
-        own = torch.where(seen, columns, -1).amax(-1).expand_as(newest)
+        own = torch.where(seen(row), columns, -1).amax(-1).expand_as(newest)
     return columns - own[:, None] + newest[:, None]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from engine.attending.masks import seen
+from engine.attending.scores import eager
 from engine.contexts import Receipt
 from engine.errors import Problem
 from engine.families import family
@@ -44,6 +45,7 @@ class Windowed:
         self.window, self.sinks = window, sinks
         # Models that cap scores or have learned sinks have no SDPA, which can do neither.
         self.fused = "model.sdpa" in family(config.get_text_config().model_type).traits
+        self._plain = eager()
         self.calls = 0
         """Of the forward, outside of compiled code."""
         self.masked = 0
@@ -74,7 +76,7 @@ class Windowed:
         attention_mask: torch.Tensor | None,
         **options: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute attention with SDPA, or as the model's own code does in plain torch."""
+        """Compute attention with SDPA, or in plain torch where a model has what SDPA cannot do."""
         import torch
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -82,9 +84,7 @@ class Windowed:
             self.calls += 1
             over_all = attention_mask is not None and attention_mask.shape[-1] == key.shape[-2]
             self.masked += over_all
-        compute: Any = sdpa_attention_forward
-        if not self.fused:
-            compute = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        compute: Any = sdpa_attention_forward if self.fused else self._plain
         found: tuple[torch.Tensor, torch.Tensor | None] = compute(
             module, query, key, value, attention_mask, **options
         )
@@ -158,12 +158,12 @@ def receipt(session: Session) -> Receipt:
             config=config,
             device=session.device,
         )
-        hidden = ~mask if mask.dtype is torch.bool else mask <= torch.finfo(torch.float32).min
+        hidden = ~seen(mask)
         evidence |= {
             "attention calls": used.calls,
             "of them masked": used.masked,
             f"keys hidden from token {tokens}": int(hidden[0, 0].sum()),
-            "computed by": "SDPA" if used.fused else "the model's own plain torch",
+            "computed by": "SDPA" if used.fused else "plain torch",
         }
         ok = used.calls == used.masked > 0 and int(hidden[0, 0].sum()) == BEYOND
     return Receipt(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from engine.attending.scores import true_positions
 from engine.caching.layers import FULL, Layer, layers_kept, refuse_without_full, rehearse
 from engine.contexts import CheckContext, EstimateContext, Receipt
 from engine.errors import Problem, RuntimeFailure
@@ -157,7 +158,7 @@ def _positions(ids: torch.Tensor, mask: torch.Tensor | None, seen: int) -> torch
 
     if mask is None:
         mask = torch.ones(ids.shape[0], seen + ids.shape[1], dtype=torch.long, device=ids.device)
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return true_positions(mask, ids.shape[1])
 
 
 def _masks(

@@ -14,7 +14,7 @@ from engine.errors import RecipeError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 UNROTATED = "engine_unrotated"
 """The rope type of ours; its name holds none of those that transformers treats otherwise."""
@@ -36,6 +36,12 @@ def unrotated(config: PretrainedConfig) -> PretrainedConfig:
 
     text.rope_parameters = _each_kind(text.rope_parameters, still)
     return made
+
+
+def still_turning(model: PreTrainedModel) -> int:
+    """Return how many frequencies turn queries and keys in a built model's own code."""
+    frequencies = (each for name, each in model.named_buffers() if name.endswith("inv_freq"))
+    return sum(int(each.count_nonzero()) for each in frequencies)
 
 
 def rotary_embedding(config: PretrainedConfig) -> Any:

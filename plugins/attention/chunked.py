@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
-from engine.attending.masks import block_of, by_blocks
+from engine.attending.masks import block_of, by_blocks, seen
 from engine.attending.scores import mixed, scoring
 from engine.contexts import (
     Attention,
@@ -72,7 +72,7 @@ class Chunked:
         """Count the blocks, name the largest, and show that no fused kernel ran."""
         forward: BlockAttention = session.built["attention"].forward
         operators = session.probe.operators
-        fused = sum(count for name, count in operators.items() if "scaled_dot_product" in name)
+        fused = session.probe.calls("scaled_dot_product")
         passes = len(session.probe.tokens)
         rows, columns = forward.largest
         yield Receipt(
@@ -148,7 +148,7 @@ class BlockAttention:
                 mask = attention_mask
                 if mask is not None:
                     mask = block_of(mask, rows, columns)
-                    if counting and not _anything_seen(mask):
+                    if counting and not seen(mask).any():
                         self.skipped += 1
                         continue
                 scores = score(some, key[:, :, columns], mask, rows, columns)
@@ -169,10 +169,3 @@ class BlockAttention:
 def _blocks(length: int, size: int) -> Iterator[slice]:
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
-
-
-def _anything_seen(mask: torch.Tensor) -> bool:
-    import torch
-
-    seen = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return bool(seen.any())

@@ -12,7 +12,7 @@ from engine.contexts import CheckContext, PositionContext, PositionEncoding, Rec
 from engine.errors import Problem
 from engine.loading import places
 from engine.loading.rewriting import rewriting
-from engine.positions.late_rope import unrotated
+from engine.positions.late_rope import still_turning, unrotated
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +87,9 @@ class Alibi:
         """Read the penalties that the masks got, and what is left of the former positions."""
         bias: LinearBias = session.built["position_encoding"].bias
         model = session.model
-        rotating = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
         held = dict(model.named_parameters())
         tables = [places.real(model, name, held[name]) for name in _tables(held)]
-        left = sum(int(each.count_nonzero()) for each in [*rotating, *tables])
+        left = still_turning(model) + sum(int(each.count_nonzero()) for each in tables)
         penalties = bias.penalties.tolist() if bias.penalties is not None else []
         distance = int(bias.distance)
         exact = len(penalties) == len(bias.slopes) and all(

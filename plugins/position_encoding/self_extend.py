@@ -19,7 +19,8 @@ from engine.contexts import (
 )
 from engine.errors import Problem
 from engine.families import family
-from engine.positions.late_rope import rotary_embedding, rotate, unrotated
+from engine.positions.late_rope import rotary_embedding, rotate, still_turning, unrotated
+from engine.positions.rotary import outside
 from engine.rules import Rule
 
 if TYPE_CHECKING:
@@ -75,23 +76,14 @@ class SelfExtend:
         """Refuse numbers out of range, and models whose layers do not all rotate alike."""
         shape = context.shape
         limit = shape.max_positions if shape else None
-        for name, ok, why, hint in (
-            ("group_size", self.group_size >= 2, "must be 2 or more, or nothing is grouped", 4),
-            ("window", self.window >= 1, "must be 1 or more", (limit or 2048) // 2),
-            (
-                "window",
-                limit is None or self.window < limit,
-                f"leaves nothing of the model's context of {limit} tokens to group",
-                max((limit or 2) // 2, 1),
-            ),
-        ):
-            if not ok:
-                yield Problem(
-                    slot="position_encoding",
-                    code="value",
-                    message=f"position_encoding.{name}={getattr(self, name)} {why}",
-                    hint=f"position_encoding.{name}={hint}",
-                )
+        grouping, left = self.group_size >= 2, limit is None or self.window < limit
+        none_left = f"leaves nothing of the model's context of {limit} tokens to group"
+        yield from outside(
+            self,
+            ("group_size", grouping, "must be 2 or more, or nothing is grouped", "4"),
+            ("window", self.window >= 1, "must be 1 or more", f"{(limit or 2048) // 2}"),
+            ("window", left, none_left, f"{max((limit or 2) // 2, 1)}"),
+        )
         if shape is not None and "model.rope" in shape.traits and (why := _unsuitable(shape)):
             yield Problem(
                 slot="position_encoding",
@@ -127,11 +119,7 @@ class SelfExtend:
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Read what still rotates in the model, what the scores counted, and how far they reach."""
         scores: GroupedScores = session.built["position_encoding"].scores
-        still = sum(
-            int(buffer.count_nonzero())
-            for name, buffer in session.model.named_buffers()
-            if name.endswith("inv_freq")
-        )
+        still = still_turning(session.model)
         before = int(session.source_config.get_text_config().max_position_embeddings)
         after = int(session.model.config.get_text_config().max_position_embeddings)
         distance = scores.largest_distance(after)
