@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_every_preset_composes() -> None:
             assert made.choices[slot] == file.stem
 
 
+def test_every_choice_has_a_preset_or_a_recipe() -> None:
+    texts = {file: file.read_text("utf-8") for file in (ROOT / "recipes").rglob("*.yaml")}
+    for slot in SLOTS:
+        for choice in PROJECT["project"]["entry-points"][f"engine.{slot}"]:
+            chosen = re.compile(rf"^  - (override )?{slot}: {choice}$", re.MULTILINE)
+            preset = re.compile(rf"^(defaults:\n)?  - {choice}$", re.MULTILINE)
+            assert any(
+                chosen.search(text) or (file.parent.name == slot and preset.search(text))
+                for file, text in texts.items()
+            ), f"{slot}={choice} is in no YAML file under recipes/"
+
+
 def test_the_reference_is_what_the_code_says() -> None:
     from tools import reference
 
@@ -189,8 +202,6 @@ def test_the_reference_has_every_type_that_a_hook_gets_or_gives() -> None:
 
 def test_no_file_names_a_machine() -> None:
     """Paths of one machine mean nothing on another."""
-    import re
-
     suspicious = re.compile(r"(?<![\w./:])/(?:home|root|work|Users)/\w")
     for file in [
         *ENGINE,
