@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from tests.models import tiny_model
@@ -32,8 +34,16 @@ def test_speculation_static_cache(model: Callable[[str], Path]) -> None:
         assisted(llama, cache)
     with torch.no_grad():
         llama(IDS, past_key_values=cache)
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="crop"):
         cache.crop(-1)
+    # Nor do drafts go away by writing over them: the cache counts them, and masks go by that.
+    held = int(cache.get_seq_length())
+    with torch.no_grad():
+        llama(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+        after = llama(IDS[:, :1], past_key_values=cache).logits
+        right = llama(torch.cat([IDS, IDS[:, :1]], -1), use_cache=False).logits[:, -1:]
+    assert int(cache.get_seq_length()) == held + 4
+    assert not torch.allclose(after, right, atol=1e-3)
 
 
 def test_speculation_evicting_cache(model: Callable[[str], Path]) -> None:
@@ -82,13 +92,44 @@ def test_beam_unrepeatable_cache(model: Callable[[str], Path]) -> None:
 
 
 def test_compiled_growing_cache(model: Callable[[str], Path]) -> None:
-    """A growing cache is not one that transformers lets the compiler have."""
+    """A graph is recorded for given shapes, and a growing cache has others for each token."""
+    from torch._inductor import cudagraph_utils
+
     llama = plain(model("llama"))
-    cache: Any = DynamicCache(config=llama.config)
-    seen = set()
+    seen: dict[str, set[torch.Size]] = {"dynamic": set(), "static": set()}
+    caches: dict[str, Any] = {
+        "dynamic": DynamicCache(config=llama.config),
+        "static": StaticCache(config=llama.config, max_cache_len=20),
+    }
     with torch.no_grad():
-        for token in IDS.T:
-            llama(token[None], past_key_values=cache)
-            seen.add(cache.layers[0].keys.shape)
-    assert not cache.is_compileable
-    assert len(seen) == IDS.shape[1]
+        for name, cache in caches.items():
+            for token in IDS.T:
+                llama(token[None], past_key_values=cache)
+                seen[name].add(cache.layers[0].keys.shape)
+    assert (len(seen["dynamic"]), len(seen["static"])) == (IDS.shape[1], 1)
+    assert not caches["dynamic"].is_compileable
+    assert caches["static"].is_compileable
+    warned = inspect.getsource(cudagraph_utils.maybe_warning_due_to_dynamic_shape)
+    assert "recording a new graph for each" in warned
+
+
+def test_a_growing_cache_is_compiled_twice_and_not_for_each_token(
+    model: Callable[[str], Path],
+) -> None:
+    """It once was (transformers issue 37908): no rule says so, and graphs are another matter."""
+    llama = plain(model("llama"), attn_implementation="sdpa")
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    compiled: Any = torch.compile(llama.forward, backend="eager", fullgraph=True)
+    caches = [DynamicCache(config=llama.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            llama(IDS, past_key_values=cache)
+        for length in range(IDS.shape[1] + 1, 20):
+            given = {
+                "input_ids": torch.tensor([[length]]),
+                "attention_mask": torch.ones(1, length, dtype=torch.long),
+            }
+            found = compiled(**given, past_key_values=caches[0]).logits
+            assert torch.allclose(found, llama(**given, past_key_values=caches[1]).logits)
+    assert counters["stats"]["unique_graphs"] - before == 2

@@ -105,9 +105,23 @@ def test_nothing_to_pack(model: Callable[[str], Path]) -> None:
         assert logits(gpt2).equal(logits(plain(model("gpt2"), attn_implementation=None)))
 
 
-def test_torchao_has_no_4_bits_on_a_cpu(model: Callable[[str], Path]) -> None:
-    with pytest.raises(Exception, match=r"."):
-        logits(_packed(model("llama"), _torchao("Int4WeightOnlyConfig")))
+def test_torchao_has_no_4_bits_on_a_cpu() -> None:
+    """In none of its packings: each wants a library that is not there, or a GPU."""
+    with packing.quiet():
+        library: Any = importlib.import_module("torchao.quantization")
+        workflows: Any = importlib.import_module("torchao.quantization.quantize_.workflows")
+    why = {
+        "plain": (ImportError, "mslk"),
+        "preshuffled": (ImportError, "mslk"),
+        "plain_int32": (NotImplementedError, "'cpu'"),
+        "tile_packed_to_4d": ((AssertionError, RuntimeError), "CUDA|NVIDIA"),
+    }
+    formats = {each.value: each for each in workflows.Int4PackingFormat}
+    assert formats.keys() == why.keys()
+    for name, (error, match) in why.items():
+        config = library.Int4WeightOnlyConfig(int4_packing_format=formats[name])
+        with pytest.raises(error, match=match):
+            library.quantize_(torch.nn.Linear(128, 128, dtype=torch.bfloat16), config)
 
 
 @pytest.mark.parametrize("choice", ["torchao", "quanto", "int8", "nf4"])
