@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from shutil import which
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
@@ -23,10 +24,12 @@ MOST_GRAPHS = 1000
 COMPILERS = ("g++", "c++", "clang++")
 GROWING = Rule(
     code="compiled-growing-cache",
-    why="every token would have shapes of its own, and the step would be compiled again",
+    why="it gives each token other shapes, for each of which a GPU records a graph of its own, and "
+    "transformers compiles no step on such a cache",
     hint="cache=static",
-    source="huggingface/transformers#37908",
-    seen="transformers 5.23.0, 2026-11-22",
+    source="maybe_warning_due_to_dynamic_shape in torch/_inductor/cudagraph_utils.py; "
+    "DynamicLayer.is_compileable of transformers",
+    seen="transformers 5.23.0, torch 2.13.0, 2026-11-22",
 )
 
 
@@ -98,7 +101,9 @@ class CompiledDecoder(TokenDecoder):
         super().__init__(options, context)
         on_gpu = context.model.device.type == "cuda"
         self._forward: Any = torch.compile(
-            context.model.forward, fullgraph=True, mode="reduce-overhead" if on_gpu else None
+            _of_its_own(context.model.forward),
+            fullgraph=True,
+            mode="reduce-overhead" if on_gpu else None,
         )
         self._on_gpu = on_gpu
         # Its product of a matrix and one row in 16 bits is slower than the plain one (torch 2.13).
@@ -147,6 +152,20 @@ class CompiledDecoder(TokenDecoder):
         )
         for _ in self(generation):
             pass
+
+
+def _of_its_own(function: Any) -> Any:
+    """Return a function that does the same, with code of its own.
+
+    torch keeps what it compiles by code: that of the model's class would be one for all sessions,
+    and one session would run, or count, what another has compiled.
+    """
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    code = step.__code__.replace()
+    return FunctionType(code, step.__globals__, closure=step.__closure__)
 
 
 @contextmanager

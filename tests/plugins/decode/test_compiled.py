@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,19 @@ def test_a_step_that_is_not_compiled_is_not_reported_as_one(
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     with pytest.raises(engine.errors.PluginError, match="steps of one token are compiled"):
         build("decode=compiled", *WORDS)
+
+
+def test_each_session_compiles_its_own_steps(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_: Any = torch.compile
+    # Traced and not compiled: that is what sessions could share, and it takes a second.
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **given: compile_(function, backend="eager", **given)
+    )
+    words = ("decode=compiled", "cache=static", "decode.max_new_tokens=4")
+    first = build(*words)
+    second = build(*words)
+    for session in (first, second):
+        assert int(receipt(session, "decode").evidence["graphs"]) > 0
 
 
 def codes(*words: str, model: Path) -> list[str]:
