@@ -45,6 +45,11 @@ class CheckContext:
     traits: frozenset[str]
     """Everything that the chosen plugins, the model and the target provide."""
 
+    @property
+    def dtype(self) -> str | None:
+        """Return the number format that the model computes in; None where that is not known."""
+        return _dtype(self.recipe, self.shape)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateContext:
@@ -59,11 +64,24 @@ class EstimateContext:
     """Tokens that the cache must hold: prompt and new ones, per sequence."""
 
     @property
+    def dtype(self) -> str | None:
+        """Return the number format that the model computes in; None where that is not known."""
+        return _dtype(self.recipe, self.shape)
+
+    @property
     def value_bytes(self) -> int:
-        """Return the bytes of a number in the format that the model computes in."""
-        asked = self.recipe.model.dtype.value
-        dtype = (self.shape.dtype or "") if asked == "auto" else asked
-        return {"float16": 2, "bfloat16": 2, "float64": 8}.get(dtype, 4)
+        """Return the bytes of a number in that format."""
+        return VALUE_BYTES.get(self.dtype or "float32", 4)
+
+
+VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+"""Number format → bytes of a number in it."""
+
+
+def _dtype(recipe: Recipe, shape: ModelShape | None) -> str | None:
+    asked = recipe.model.dtype.value
+    stored = None if shape is None else shape.dtype
+    return stored if asked == "auto" else asked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.contexts import CheckContext, LoadContext
+from engine.contexts import VALUE_BYTES, CheckContext, LoadContext
 from engine.errors import DoesNotFit, Problem, RecipeError, choices_hint
 from engine.loading.places import places, usual_name
 
@@ -263,5 +263,4 @@ def _weight_bytes(context: CheckContext) -> int:
     asked = context.recipe.model.dtype.value
     if asked == "auto":
         return context.shape.weight_bytes or 0
-    size = {"float16": 2, "bfloat16": 2, "float64": 8}.get(asked, 4)
-    return size * sum(prod(tensor.shape) for tensor in context.shape.tensors.values())
+    return VALUE_BYTES[asked] * sum(prod(tensor.shape) for tensor in context.shape.tensors.values())

@@ -256,7 +256,7 @@ def _value_bytes(context: EstimateContext, name: str, stored: str, stored_bytes:
         return stored_bytes
     size, code = context.value_bytes, source(context.shape.model_type)
     strict = code.listed("_keep_in_fp32_modules_strict")
-    if context.recipe.model.dtype.value == "float16":
+    if context.dtype == "float16":
         strict |= code.listed("_keep_in_fp32_modules")
     if size == 2 and any(re.search(each.replace("*", ".*"), name) for each in strict):
         return 4

@@ -84,13 +84,10 @@ class Flash:
             message = f"attention=flash {message}"
             return Problem(slot="attention", code=code, message=message, hint=hint)
 
-        asked = getattr(getattr(context.recipe, "model", None), "dtype", None)
-        dtype = getattr(asked, "value", "auto")
-        dtype = shape.dtype if dtype == "auto" and shape is not None else dtype
-        if dtype in ("float32", "float64"):
+        if context.dtype in ("float32", "float64"):
             yield problem(
                 "flash-dtype",
-                f"computes in float16 or bfloat16, and the model is to run in {dtype}",
+                f"computes in float16 or bfloat16, and the model is to run in {context.dtype}",
                 "model.dtype=bfloat16, or attention=sdpa",
             )
         if shape is not None and shape.head_dim > LARGEST_HEAD:
@@ -100,7 +97,7 @@ class Flash:
                 f"{shape.head_dim}",
                 "attention=sdpa",
             )
-        capability = getattr(context.target, "capability", None) or ""
+        capability = context.target.capability or ""
         major = capability.partition(".")[0]
         if major.isdigit() and int(major) < LEAST[version]:
             yield problem(
@@ -130,11 +127,7 @@ class Flash:
         flash = {
             name: n for name, n in operators.items() if "flash" in name and "aten::" not in name
         }
-        others = sum(
-            n
-            for name, n in operators.items()
-            if "scaled_dot_product" in name or name in ("aten::_softmax", "aten::_safe_softmax")
-        )
+        others = session.probe.calls("scaled_dot_product", "::_softmax", "::_safe_softmax")
         implementation = str(session.model.config._attn_implementation)
         yield Receipt(
             slot="attention",

@@ -117,11 +117,10 @@ class Sdpa:
     def _beyond(self, context: CheckContext) -> Iterator[tuple[str, str]]:
         """Yield the limits of CUDA's kernels that a model is beyond."""
         shape: Any = context.reshaped
-        asked = context.recipe.model.dtype.value
-        dtype = shape.dtype if asked == "auto" else asked
         if self.kernel in (Kernel.flash, Kernel.cudnn):
-            if dtype in ("float32", "float64"):
-                yield "sdpa-kernel-dtype", f"it computes in float16 and bfloat16, not in {dtype}"
+            if context.dtype in ("float32", "float64"):
+                why = f"it computes in float16 and bfloat16, not in {context.dtype}"
+                yield "sdpa-kernel-dtype", why
             if "target.bfloat16" not in context.traits:
                 yield "sdpa-kernel-capability", "it needs compute capability 8.0"
         if self.kernel is Kernel.flash and shape.head_dim > LARGEST_HEAD:

@@ -38,7 +38,6 @@ INT4_COMPILED = Rule(
     seen="optimum-quanto 0.2.7, torch 2.13.0, 2026-11-22",
 )
 
-
 CONVERTED = Rule(
     code="quanto-converted-weights",
     why="transformers hands quanto the first row alone of a weight that was changed while loading",
@@ -77,11 +76,10 @@ class Quanto:
             kinds=LAYERS,
             skip=self.skip_modules,
         )
-        if self.bits == 4 and "decode.compiled" in context.traits:
-            asked, shape = context.recipe.model.dtype.value, context.shape
-            if asked == "bfloat16" or (asked == "auto" and shape and shape.dtype == "bfloat16"):
-                what = "quantize=quanto in 4 bits and bfloat16 does not work with decode.compiled"
-                yield INT4_COMPILED.problem("quantize", what)
+        compiled = "decode.compiled" in context.traits
+        if self.bits == 4 and compiled and context.dtype == "bfloat16":
+            what = "quantize=quanto in 4 bits and bfloat16 does not work with decode.compiled"
+            yield INT4_COMPILED.problem("quantize", what)
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:

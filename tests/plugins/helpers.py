@@ -31,8 +31,8 @@ def refusals(
     plugin: Any, shape: ModelShape | None = None, traits: Iterable[str] = ()
 ) -> list[Problem]:
     """Return what a plugin's check finds; each problem has slot, code and something to type."""
-    recipe: Any = SimpleNamespace()
-    target: Any = SimpleNamespace(traits=frozenset())
+    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype=SimpleNamespace(value="auto")))
+    target: Any = SimpleNamespace(traits=frozenset(), capability=None)
     context = CheckContext(
         recipe=recipe, shape=shape, reshaped=shape, target=target, traits=frozenset(traits)
     )
