@@ -14,7 +14,7 @@ import ast
 import dataclasses
 import inspect
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
@@ -138,22 +138,35 @@ def _choice(title: str, plugin: type[Any]) -> str:
     if rows:
         lines += ["", "| option | type | default | |", "| --- | --- | --- | --- |", *rows]
     lines += _declared(plugin)
-    rules = [rule for rule in vars(module).values() if isinstance(rule, Rule)]
+    rules = list(dict.fromkeys(_rules(plugin)))
     lines += [""] * bool(rules) + [_rule(rule) for rule in rules]
     return "\n".join(lines)
 
 
+def _rules(plugin: type[Any]) -> Iterator[Rule]:
+    """Yield what refuses the choice, wherever it is written: by a trait, or in its module."""
+    for word in ("needs", "excludes"):
+        stated = getattr(_made(plugin), word, {})
+        values = stated.values() if isinstance(stated, Mapping) else ()
+        yield from (rule for rule in values if isinstance(rule, Rule))
+    yield from (rule for rule in vars(inspect.getmodule(plugin)).values() if isinstance(rule, Rule))
+
+
 def _declared(plugin: type[Any]) -> Iterator[str]:
     """Yield the traits that it provides, needs and excludes with its default options."""
-    try:
-        made = plugin()
-    except TypeError:  # an option without a default
-        made = plugin
     for word in ("provides", "needs", "excludes"):
-        traits = getattr(made, word, ())
+        traits = getattr(_made(plugin), word, ())
         if traits and not isinstance(traits, property):
             yield ""
             yield f"{word.capitalize()} " + ", ".join(f"`{trait}`" for trait in traits) + "."
+
+
+def _made(plugin: type[Any]) -> Any:
+    """Return a plugin with its default options; its class, where one has none."""
+    try:
+        return plugin()
+    except TypeError:
+        return plugin
 
 
 def _rule(rule: Rule) -> str:

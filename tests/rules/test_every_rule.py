@@ -57,7 +57,7 @@ def instances(plugin: type[Any]) -> Iterator[Any]:
         if isinstance(value, bool):
             others: Iterable[Any] = (not value,)
         elif hasattr(type(value), "__members__"):
-            others = type(value)
+            others = list(type(value))
         elif value is None and "list" in str(field.type):
             others = ([1.0],)
         else:

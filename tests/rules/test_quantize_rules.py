@@ -110,7 +110,7 @@ def test_torchao_has_no_4_bits_on_a_cpu() -> None:
     with packing.quiet():
         library: Any = importlib.import_module("torchao.quantization")
         workflows: Any = importlib.import_module("torchao.quantization.quantize_.workflows")
-    why = {
+    why: dict[str, tuple[Any, str]] = {
         "plain": (ImportError, "mslk"),
         "preshuffled": (ImportError, "mslk"),
         "plain_int32": (NotImplementedError, "'cpu'"),
