@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig
 
     from engine.decoding.sampling import Limits, Sampler, Sampling
+    from engine.session import Session
 
 
 @dataclass
@@ -137,21 +138,43 @@ def prepare(model: Any, generation: Generation, settings: GenerationConfig) -> R
             prepared.pop(name, None)
         return Run(model, input_ids, logits_processor, prepared)
 
-    cached = {} if generation.cache is None else {"past_key_values": generation.cache}
+    run: Run = generate(model, generation, settings, generation.cache, custom_generate=take)
+    return run
+
+
+def generate(
+    model: Any, generation: Generation, settings: Any, cache: Cache | None, **options: Any
+) -> Any:
+    """Call generate() with `settings` alone: it fills what is unset from the model's own."""
+    if cache is not None:
+        options["past_key_values"] = cache
     own = model.generation_config
-    # generate() fills what is unset here from the model's own defaults.
     model.generation_config = settings
     try:
-        run: Run = model.generate(
+        return model.generate(
             generation.input_ids,
             attention_mask=generation.attention_mask,
             generation_config=settings,
-            custom_generate=take,
-            **cached,
+            **options,
         )
     finally:
         model.generation_config = own
-    return run
+
+
+def rehearsal(session: Session, *, new: int, repeats: int = 1) -> Generation:
+    """Return four tokens, repeated so often, to try a decoder on, and a cache for the answer."""
+    import torch
+
+    ids = (torch.arange(3, 7, device=session.device) % session.embedding_rows).repeat(repeats)[None]
+    if session.context_tokens is not None:
+        new = min(new, session.context_tokens - ids.shape[1])
+    return Generation(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        cache=session.new_cache(1, ids.shape[1] + new).cache,
+        max_new_tokens=new,
+        forwarded=lambda: session.forwarded_tokens,
+    )
 
 
 class StepDecoder:

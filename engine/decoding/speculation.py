@@ -14,8 +14,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from engine.caching.continuing import common
 from engine.contexts import CheckContext, Generation, Receipt
-from engine.decoding.loop import Tally, TokenDecoder, picker
+from engine.decoding.loop import Tally, TokenDecoder, picker, rehearsal
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
 
@@ -276,55 +277,38 @@ def _split(generation: Generation) -> Iterator[Generation]:
 def _proof(decoder: SpeculativeDecoder, session: Session) -> Proof:
     import torch
 
-    rows = session.embedding_rows
-    piece = torch.arange(3, 7, device=session.device) % rows
-    ids = piece.repeat(3)[None]
-    room = session.context_tokens or 32
-    new = min(8, room - ids.shape[1])
-
-    def ask() -> Generation:
-        cache = session.new_cache(1, ids.shape[1] + new).cache
-        return Generation(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            cache=cache,
-            max_new_tokens=new,
-            forwarded=lambda: session.forwarded_tokens,
-        )
-
     passes: list[int] = []
     guessed: list[int] = []
     counter = session.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    tally, speculative = Tally(), ask()
+    alone, speculative = (rehearsal(session, new=8, repeats=3) for _ in range(2))
+    tally, prompt = Tally(), speculative.input_ids.shape[1]
     try:
         with torch.no_grad():
-            plain = [step[0] for step in TokenDecoder.rows(decoder, ask(), Tally())]
+            plain = [step[0] for step in TokenDecoder.rows(decoder, alone, Tally())]
             passes.clear()
             own = decoder.drafter()
 
             def draft(text: torch.Tensor, most: int) -> torch.Tensor:
                 found = own(text, most)
                 guessed.append(found.shape[1])
-                told = text.shape[1] - ids.shape[1]
+                told = text.shape[1] - prompt
                 if found.shape[1] or most < 1:
                     return found
                 right = plain[told : told + min(most, 2)]
-                return text.new_tensor([[*right[:-1], (right[-1] + 1) % rows]])
+                return text.new_tensor([[*right[:-1], (right[-1] + 1) % session.embedding_rows]])
 
             with closing(decoder.row(speculative, tally, draft)) as steps:
                 found = list(steps)
     finally:
         counter.remove()
-    same = next(
-        (i for i, (a, b) in enumerate(zip(found, plain, strict=False)) if a != b), len(found)
-    )
+    same = common(found, plain)
     cache: Any = speculative.cache
     return Proof(
         tokens=len(found),
         passes=len(passes),
         tally=tally,
         held=None if cache is None else int(cache.get_seq_length()),
-        sent=ids.shape[1] + len(found) - 1,
+        sent=prompt + len(found) - 1,
         equal=same if len(found) == len(plain) else min(same, len(found) - 1),
         guessed=sum(guessed),
     )

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
+from engine.caching.continuing import common
 from engine.contexts import CheckContext, DecodeContext, Decoder, EstimateContext, Receipt, Term
 from engine.decoding.draft import load_draft, read_draft, refuse_draft
 from engine.decoding.sampling import Sampling
@@ -129,10 +130,7 @@ class ModelDrafter:
         text = ids[0].tolist()
         if self._limit is not None:
             most = min(most, self._limit - len(text))
-        same = next(
-            (i for i, (a, b) in enumerate(zip(self._held, text, strict=False)) if a != b),
-            min(len(self._held), len(text)),
-        )
+        same = common(self._held, text)
         new = text[same:]
         if most < 1 or max(new, default=0) >= self._embedded:
             return ids[:, :0]

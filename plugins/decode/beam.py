@@ -19,7 +19,7 @@ from engine.contexts import (
     Step,
     Term,
 )
-from engine.decoding.loop import StepDecoder, Tally
+from engine.decoding.loop import StepDecoder, Tally, generate, rehearsal
 from engine.decoding.sampling import Limits
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
@@ -109,29 +109,19 @@ class BeamDecoder(StepDecoder):
 
     def rows(self, generation: Generation, tally: Tally) -> Generator[list[int], None, None]:
         """Yield the tokens of the best answers, as if they had come one after the other."""
-        model: Any = self.context.model
         before = generation.forwarded()
-        cached = {}
-        if generation.cache is not None:
-            if int(generation.cache.get_seq_length()):
-                raise RuntimeFailure(
-                    "a search needs a cache of its own for each beam, and this one is in use",
-                    hint="decode=generate",
-                )
-            # The search leaves the rows of all beams in it.
-            cached = {"past_key_values": copy.deepcopy(generation.cache)}
-        settings = self.settings(generation)
-        own, model.generation_config = model.generation_config, settings
-        try:
-            found = model.generate(
-                generation.input_ids,
-                attention_mask=generation.attention_mask,
-                generation_config=settings,
-                stopping_criteria=[lambda ids, scores, **_: self.closed],
-                **cached,
+        if generation.cache is not None and int(generation.cache.get_seq_length()):
+            raise RuntimeFailure(
+                "a search needs a cache of its own for each beam, and this one is in use",
+                hint="decode=generate",
             )
-        finally:
-            model.generation_config = own
+        found = generate(
+            self.context.model,
+            generation,
+            self.settings(generation),
+            copy.deepcopy(generation.cache),  # the search leaves the rows of all beams in it
+            stopping_criteria=[lambda ids, scores, **_: self.closed],
+        )
         sent = generation.forwarded() - before
         tally.discarded = sent - sent // self.options.num_beams
         yield from found[:, generation.input_ids.shape[1] :].T.tolist()
@@ -143,9 +133,6 @@ class BeamDecoder(StepDecoder):
         return self._proof
 
     def _search(self, session: Session) -> tuple[int, int]:
-        import torch
-
-        ids = torch.arange(3, 7, device=session.device)[None] % session.embedding_rows
         sent: list[int] = []
 
         def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -153,18 +140,7 @@ class BeamDecoder(StepDecoder):
 
         counter = session.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
-            cache = session.new_cache(1, ids.shape[1] + 4).cache
-            tokens = list(
-                self(
-                    Generation(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        cache=cache,
-                        max_new_tokens=4,
-                        forwarded=lambda: session.forwarded_tokens,
-                    )
-                )
-            )
+            tokens = list(self(rehearsal(session, new=4)))
         finally:
             counter.remove()
         return min(sent, default=0), len(tokens)

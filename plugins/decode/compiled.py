@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
 from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt
-from engine.decoding.loop import Run, TokenDecoder
+from engine.decoding.loop import Run, TokenDecoder, rehearsal
 from engine.decoding.sampling import Sampling
 from engine.errors import Problem
 from engine.rules import Rule
@@ -141,16 +141,7 @@ class CompiledDecoder(TokenDecoder):
 
     def warm_up(self, session: Session) -> None:
         """Answer a short prompt."""
-        import torch
-
-        ids = torch.arange(3, 7, device=session.device)[None] % session.embedding_rows
-        generation = Generation(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            cache=session.new_cache(1, ids.shape[1] + 3).cache,
-            max_new_tokens=3,
-        )
-        for _ in self(generation):
+        for _ in self(rehearsal(session, new=3)):
             pass
 
 
