@@ -80,6 +80,7 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
         device=device,
         shape=cast("ModelShape", verdict.shape),
     )
+    session.notes += verdict.notes
     note = _other_machine(verdict.target.kind, device)
     if note:
         session.notes.append(note)

@@ -173,13 +173,19 @@ class Calls:
 
     def _check_traits(self, one: Chosen) -> None:
         """Read what a plugin declares, before anybody relies on the types."""
-        for name, due in (("provides", Collection), ("needs", Mapping), ("excludes", Mapping)):
+        for name, due in (
+            ("provides", Collection),
+            ("needs", Mapping),
+            ("excludes", Mapping),
+            ("alarms", Mapping),
+        ):
             with self.blaming(one, name):
                 declared = getattr(one.plugin, name, {})
                 right = isinstance(declared, due) and not isinstance(declared, str)
                 values = declared.values() if isinstance(declared, Mapping) else ()
                 right = right and all(isinstance(word, str) for word in declared)
-                right = right and all(isinstance(value, str | Rule) for value in values)
+                kinds = Rule if name == "alarms" else str | Rule
+                right = right and all(isinstance(value, kinds) for value in values)
             if not right:
                 self.blame(
                     one,

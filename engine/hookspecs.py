@@ -25,6 +25,7 @@ A plugin may state, as class attributes or properties,
     engine_api = ">=1,<2"                           # hook contracts it works with
 
 Where the reason is not plain, an `engine.rules.Rule` stands in place of the hint, with its source.
+`alarms` (trait → Rule) refuses nothing: what works, and perhaps not well, is told as a note.
 State traits, never names of choices: then plugins that do not know each other combine. In use are
 
     model.known                 transformers has its code; the traits below are read from it
@@ -39,6 +40,7 @@ State traits, never names of choices: then plugins that do not know each other c
     weights.packed              the weights are no plain numbers any more
     heads.pooled                key/value heads are means of the checkpoint's
     position.varies             rotary frequencies depend on the length of the text
+    model.key_bias              keys get a bias and no norm: they may lie far from zero
     position.bias, .scores      attention must add a bias, or compute other scores ...
     attention.bias, .scores     ... and can
     attention.window, .flash    old tokens are hidden; no mask of queries and keys is taken

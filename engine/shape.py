@@ -444,15 +444,18 @@ class _Reader:
             yield "model.softcap"
         if self.get("kv_lora_rank"):
             yield "model.latent_kv"
-        if _split(tensors) if tensors else "model.split_kv" in code:
+        names = [name for name in tensors if not re.search(r"vision|visual|audio", name)]
+        normed = any(re.search(r"\.(k|key)_(layer)?norm\.", name) for name in names)
+        if any(name.endswith(".k_proj.bias") for name in names) and not normed:
+            yield "model.key_bias"
+        if _split(names) if tensors else "model.split_kv" in code:
             yield "model.split_kv"
 
 
-def _split(tensors: Iterable[str]) -> bool:
-    """Say whether the language model has a projection each for keys and for values."""
-    text = [name for name in tensors if not re.search(r"vision|visual|audio", name)]
+def _split(names: Iterable[str]) -> bool:
+    """Say whether a model has a projection each for keys and for values."""
     ends = (".k_proj.weight", ".v_proj.weight")
-    return all(any(name.endswith(end) for name in text) for end in ends)
+    return all(any(name.endswith(end) for name in names) for end in ends)
 
 
 def _text(value: Any, *, drop: str = "") -> str | None:

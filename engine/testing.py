@@ -180,7 +180,7 @@ class PluginContract:
     def test_what_it_declares_is_no_option(self) -> None:
         """Traits and versions are class variables or properties; state is nowhere in a plugin."""
         names = {field.name for field in dataclasses.fields(self.plugin)}
-        wrong = names & {"provides", "needs", "excludes", "engine_api"}
+        wrong = names & {"provides", "needs", "excludes", "alarms", "engine_api"}
         _demand(not wrong, f"{', '.join(wrong)}: annotate with ClassVar, or it is an option")
         state = [field.name for field in dataclasses.fields(self.plugin) if not field.init]
         _demand(not state, f"{self._name} has {', '.join(state)} = field(init=False), {STATE}")

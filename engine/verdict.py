@@ -33,6 +33,8 @@ class Verdict:
     """Memory by name, as far as it can be told."""
     error: type[EngineError] = RecipeError
     """What `raise_for_problems` raises."""
+    notes: list[str] = field(default_factory=list)
+    """What works, and perhaps not well."""
 
     @property
     def ok(self) -> bool:
@@ -81,7 +83,8 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     # How much of a model that is spread lies on which device, accelerate decides when it loads.
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
     excess = [] if spread else _excess(terms, target)
-    return Verdict(recipe, hooks, target, reshaped, excess, terms, error=DoesNotFit)
+    notes = list(_notes(hooks, traits))
+    return Verdict(recipe, hooks, target, reshaped, excess, terms, DoesNotFit, notes)
 
 
 def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
@@ -125,6 +128,16 @@ def _unmet(hooks: Hooks, traits: Mapping[str, str], context: CheckContext) -> It
             if trait in traits:
                 what = f"{name} does not work with {trait}, which {traits[trait]} provides"
                 yield _refusal(one.slot, "trait-excluded", what, why)
+
+
+def _notes(hooks: Hooks, traits: Mapping[str, str]) -> Iterable[str]:
+    for one in hooks.chosen:
+        for trait, rule in getattr(one.plugin, "alarms", {}).items():
+            if trait in traits:
+                yield (
+                    f"{one.slot}={one.choice} with {trait}, which {traits[trait]} provides: "
+                    f"{rule.why}. Perhaps {rule.hint}. {rule.source} ({rule.seen})"
+                )
 
 
 def _is_known(trait: str, context: CheckContext) -> bool:

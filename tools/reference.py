@@ -145,7 +145,7 @@ def _choice(title: str, plugin: type[Any]) -> str:
 
 def _rules(plugin: type[Any]) -> Iterator[Rule]:
     """Yield what refuses the choice, wherever it is written: by a trait, or in its module."""
-    for word in ("needs", "excludes"):
+    for word in ("needs", "excludes", "alarms"):
         stated = getattr(_made(plugin), word, {})
         values = stated.values() if isinstance(stated, Mapping) else ()
         yield from (rule for rule in values if isinstance(rule, Rule))

@@ -38,6 +38,7 @@ def check(arguments: common.Arguments = None, json: common.Json = False) -> None
                 "recipe": verdict.recipe.name,
                 "choices": verdict.recipe.choices,
                 "target": verdict.target.name,
+                "notes": verdict.notes,
                 "terms": {term.name: term.bytes for term in verdict.terms},
                 "shape_known": verdict.shape is not None,
             }
@@ -47,6 +48,8 @@ def check(arguments: common.Arguments = None, json: common.Json = False) -> None
         return
     verdict.raise_for_problems()
     _print(verdict)
+    for note in verdict.notes:
+        print(f"note: {note}")
 
 
 def _print(verdict: Verdict) -> None:

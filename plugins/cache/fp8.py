@@ -17,6 +17,7 @@ from engine.caching.layers import (
 )
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
+from engine.rules import Rule
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 SCALES = 2
 """Of each token, in each layer: one for its keys, one for its values."""
 SCALE_BYTES = 4
+KEY_BIAS = Rule(
+    code="fp8-key-bias",
+    why="3 bits of mantissa leave little of keys that a large bias moves far from zero; with "
+    "trained ones, as of Qwen2.5, answers have become garbage",
+    hint="cache=quantized cache.bits=8, which keeps keys by channel",
+    source="verl-project/verl#4435, NVIDIA/TensorRT-LLM#4218",
+    seen="torch 2.13.0, 2026-11-22",
+)
 
 
 class Float8Layer(Layer):
@@ -88,6 +97,7 @@ class Float8:
     """
 
     provides: ClassVar[tuple[str, ...]] = ("cache.quantized", "cache.croppable")
+    alarms: ClassVar[dict[str, Rule]] = {"model.key_bias": KEY_BIAS}
     excludes: ClassVar[dict[str, str]] = {
         "target.mps": "cache=quantized: the GPU of a Mac has no 8-bit floating point"
     }

@@ -14,8 +14,10 @@ from transformers import DynamicCache, StaticCache, masking_utils
 
 from engine.caching.evicting import EvictingLayer
 from engine.caching.layers import cache_of
+from engine.plugins.cache.fp8 import Float8Layer
+from engine.plugins.cache.quantized import IntegerLayer
 from tests.plugins.cache.evicted import batch, in_pieces, reference
-from tests.plugins.helpers import IDS, plain
+from tests.plugins.helpers import IDS, plain, relative
 
 
 @pytest.mark.parametrize("family", ["bloom", "falcon"])
@@ -110,3 +112,35 @@ def test_offloaded_needs_cuda(model: Callable[[str], Path]) -> None:
     config = plain(model("llama")).config
     with pytest.raises((AssertionError, RuntimeError)):
         DynamicCache(config=config, offloading=True).update(*torch.zeros(2, 1, 2, 3, 4), 0)
+
+
+def test_fp8_key_bias() -> None:
+    """Codes of 8-bit floats lose keys that lie far from zero; codes by channel do not."""
+    auto: Any = transformers.AutoModelForCausalLM
+    config = transformers.AutoConfig.for_model(
+        "qwen2", vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=128, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    biased = auto.from_config(config, dtype=torch.float32).eval()
+    ids = torch.randint(3, 320, (1, 60))
+    make: dict[str, Callable[[], Any]] = {
+        "fp8": Float8Layer,
+        "channels": lambda: IntegerLayer(8, 8, 0),
+    }
+
+    def answers(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            each = [biased(token[None], past_key_values=cache).logits[0, -1] for token in ids.T]
+        return torch.stack(each)
+
+    errors: dict[str, list[float]] = {name: [] for name in make}
+    for bias in (0.0, 100.0):
+        with torch.no_grad():
+            for layer in biased.model.layers:
+                layer.self_attn.k_proj.bias.zero_()[7::8] = bias  # hardly rotated
+        right = answers(DynamicCache(config=config))
+        for name, kind in make.items():
+            errors[name].append(relative(answers(cache_of(config, kind)), right))
+    assert errors["fp8"][1] > 4 * errors["fp8"][0]
+    assert errors["channels"][1] < 2 * errors["channels"][0]

@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from engine import registry
 from engine.rules import Rule
 
 HERE = Path(__file__).parent
+WORDS = ("needs", "excludes", "alarms")
 
 
 def modules() -> Iterator[Any]:
@@ -56,7 +58,7 @@ def instances(plugin: type[Any]) -> Iterator[Any]:
         value = getattr(made, field.name)
         if isinstance(value, bool):
             others: Iterable[Any] = (not value,)
-        elif hasattr(type(value), "__members__"):
+        elif isinstance(value, Enum):
             others = list(type(value))
         elif value is None and "list" in str(field.type):
             others = ([1.0],)
@@ -78,7 +80,7 @@ def every_rule() -> dict[str, list[Rule]]:
     """Return all rules by code."""
     found: dict[str, list[Rule]] = {}
     stated = [rules_in(dict(vars(module))) for module in modules()]
-    for made, word in product((i for p in shipped() for i in instances(p)), ("needs", "excludes")):
+    for made, word in product((i for p in shipped() for i in instances(p)), WORDS):
         stated.append(rules_in(getattr(made, word, {})))
     for rule in (rule for each in stated for rule in each):
         known = found.setdefault(rule.code, [])

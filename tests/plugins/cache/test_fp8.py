@@ -11,7 +11,10 @@ import torch
 
 from engine.caching.layers import measure
 from engine.plugins.cache.fp8 import Float8, Float8Layer
+from engine.recipe import compose
+from engine.verdict import check
 from tests.conftest import Build
+from tests.models import tiny_model
 from tests.plugins.cache.evicted import batch, in_pieces, positions
 from tests.plugins.helpers import hints, plain, probe, receipt, relative, shape_of, terms, verdict
 
@@ -91,3 +94,18 @@ def test_another_cache_is_no_proof(build: Build) -> None:
     assert not verdict(Float8(), session, probe=probe(cache=None))
     assert not verdict(Float8(), session, probe=probe(cache=session.probe.cache, tokens=(8, 9)))
     assert not verdict(Float8(), session, probe=build("cache=dynamic").probe)
+
+
+def test_biased_keys_are_noted_and_not_refused(
+    build: Build, model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("opt", tmp_path)
+    for cache, notes in (("fp8", 1), ("dynamic", 0)):
+        words = [f"model.path={folder}", f"cache={cache}"]
+        found = check(compose("base", words))
+        assert found.ok
+        assert len(found.notes) == notes
+        assert build(*words).notes == found.notes
+        assert all("fp8 with model.key_bias" in note for note in found.notes)
+    assert not check(compose("base", [f"model.path={model('llama')}", "cache=fp8"])).notes
+    assert not check(compose("base", [f"model.path={model('qwen3')}", "cache=fp8"])).notes
