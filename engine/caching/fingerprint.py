@@ -10,6 +10,8 @@ from enum import Enum
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from engine.tensors import plain_parts, raw
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,17 +78,14 @@ def _config(values: Any) -> str:
 
 
 def _weights(model: Any) -> str:
-    import torch
-
     found = hashlib.sha256()
     for name, tensor in chain(model.named_parameters(), _buffers(model)):
-        for part in _parts(tensor):
+        for part in plain_parts(tensor):
             found.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
             if part.device.type == "meta" or not part.numel():
                 continue
             every = max(1, part.numel() // SAMPLES)
-            sample = part.reshape(-1)[::every][:SAMPLES].cpu().contiguous()
-            found.update(sample.view(torch.uint8).numpy().tobytes())
+            found.update(raw(part.reshape(-1)[::every][:SAMPLES]))
     return found.hexdigest()[:16]
 
 
@@ -96,15 +95,3 @@ def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for key, tensor in module._buffers.items():
             if tensor is not None and key not in module._non_persistent_buffers_set:
                 yield f"{name}.{key}", tensor
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors that a tensor is made of."""
-    import torch
-
-    inner = getattr(tensor.data, "__tensor_flatten__", None)
-    if type(tensor.data) is torch.Tensor or inner is None:
-        yield tensor.detach().as_subclass(torch.Tensor)
-        return
-    for name in inner()[0]:
-        yield from _parts(getattr(tensor.data, name))

@@ -29,6 +29,7 @@ from engine.loading.common import quiet
 from engine.recipe import Recipe
 from engine.registry import name_of
 from engine.rules import Rule
+from engine.tensors import plain_parts, raw
 from engine.verdict import check
 
 if TYPE_CHECKING:
@@ -236,14 +237,10 @@ def _digest(value: Any) -> str:
 
     if not isinstance(value, torch.Tensor):
         return repr(value)
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) and hasattr(
-        value, "__tensor_flatten__"
-    ):
-        names, _ = value.__tensor_flatten__()
-        return " ".join(_digest(getattr(value, name)) for name in names)
-    plain: torch.Tensor = value.detach().cpu().contiguous().flatten()
-    kind = f"{value.dtype} {list(value.shape)} "
-    return kind + hashlib.sha256(plain.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return " ".join(
+        f"{part.dtype} {list(part.shape)} {hashlib.sha256(raw(part)).hexdigest()}"
+        for part in plain_parts(value)
+    )
 
 
 def _words(recipe: Recipe, folder: Path) -> list[str]:

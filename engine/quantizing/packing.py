@@ -364,15 +364,6 @@ def register(
 # Proof.
 
 
-def stored(tensor: Any) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors that a packed one consists of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from stored(getattr(tensor, name))
-    else:
-        yield tensor.data
-
-
 def receipt(
     session: Session,
     *,

@@ -12,6 +12,7 @@ from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
 from engine.errors import Problem
 from engine.loading import checkpoint
 from engine.loading import common as loading
+from engine.tensors import raw
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,8 +121,7 @@ def _digest(model: PreTrainedModel) -> str:
     for name, tensor in model.named_parameters():
         if type(tensor.data) is not torch.Tensor:
             continue  # packed in a class of its own, which cannot be flattened
-        sample = tensor.detach().flatten()[:SAMPLE].cpu().contiguous()
-        digest.update(name.encode() + sample.view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + raw(tensor.detach().flatten()[:SAMPLE]))
     return digest.hexdigest()[:16]
 
 

@@ -21,6 +21,7 @@ from engine.contexts import (
 from engine.errors import Problem
 from engine.quantizing import packing
 from engine.rules import Rule
+from engine.tensors import plain_parts
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +153,7 @@ def _group(columns: int) -> int:
 
 
 def _parts(module: Any) -> Iterator[torch.Tensor]:
-    yield from packing.stored(module.weight)
+    yield from plain_parts(module.weight)
     yield module.input_scale
     yield module.output_scale
 

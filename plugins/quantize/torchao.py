@@ -19,6 +19,7 @@ from engine.contexts import (
 )
 from engine.errors import Problem
 from engine.quantizing import packing
+from engine.tensors import plain_parts
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -104,7 +105,7 @@ class TorchAo:
             for name, module in session.model.named_modules()
             if isinstance(getattr(module, "weight", None), TorchAOBaseTensor)
         }
-        codes = {next(packing.stored(module.weight)).dtype for module in packed.values()}
+        codes = {next(plain_parts(module.weight)).dtype for module in packed.values()}
         inputs = {getattr(m.weight, "act_quant_kwargs", None) is not None for m in packed.values()}
         dynamic = self.kind is Kind.int8_dynamic
         wanted = torch.float8_e4m3fn if self.kind is Kind.float8 else torch.int8
@@ -113,7 +114,7 @@ class TorchAo:
             session,
             claim="linear layers are kept in 8 bits",
             packed=packed,
-            parts=lambda module: packing.stored(module.weight),
+            parts=lambda module: plain_parts(module.weight),
             plain=lambda module: module.weight.dequantize(),
             # Codes become plain values by a cast; with quantized inputs they are multiplied.
             operators=lambda name: name == ("aten::_int_mm" if dynamic else "aten::_to_copy"),

@@ -19,6 +19,7 @@ from engine.quantizing import packing
 from engine.quantizing.layers import source
 from engine.recipe import compose
 from engine.session import Session
+from engine.tensors import plain_parts
 from tests.conftest import Build
 from tests.models import FAMILIES, tiny_model
 from tests.plugins.helpers import altered, hints, logits, plain, receipt, relative, shape_of, terms
@@ -54,13 +55,14 @@ ERRORS = {
 
 def packed_parts(session: Session) -> Iterator[tuple[Any, list[torch.Tensor]]]:
     """Yield each packed layer, and all tensors that stand for its weight, the codes first."""
-    for module in session.model.modules():
+    model: Any = session.model
+    for module in model.modules():
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
             yield module, list(bitsandbytes._parts(module))
         elif type(module).__name__ == "QLinear":
             yield module, list(quanto._parts(module))
         elif hasattr(getattr(module, "weight", None), "__tensor_flatten__"):
-            yield module, list(packing.stored(module.weight))
+            yield module, list(plain_parts(module.weight))
 
 
 def allocated(session: Session) -> dict[str, int]:
