@@ -20,6 +20,7 @@ from engine.contexts import KeyValues, Receipt
 from engine.errors import Problem, RecipeError
 from engine.generate import TextStream, check_prompt, room_for
 from engine.positions.rotary import frequency_set
+from engine.session import check_text
 from engine.template import render, try_out
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Conversation:
         """
         saved = cache_file.read(path)
         refuse_other(fingerprint.of_session(session), saved.about, path)
+        _verify(saved, session.embedding_rows, path)
         made = cls(session)
         made.messages = [dict(each) for each in saved.about["messages"]]
         made._ids = list(saved.about["token ids"])
@@ -117,7 +119,8 @@ class Conversation:
             if cache is None:
                 raise ValueError("the recipe keeps no cache")
             cache_file.fill(cache, saved, self._session.device)
-            tokens_held(cache)
+            if not 0 <= tokens_held(cache) <= len(self._ids):
+                raise ValueError(f"it holds {tokens_held(cache)} tokens of {len(self._ids)}")
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise cache_file.damaged(path, f"does not fit this cache: {error}") from error
 
@@ -127,8 +130,10 @@ class Conversation:
         A message counts as said when its answer begins to be read.
 
         Raises:
-            RuntimeFailure: when the conversation no longer fits the model's context.
+            RuntimeFailure: when `message` is no text, or the conversation no longer fits the
+                model's context.
         """
+        check_text(message)
         if self._unread is not None:
             self._unread.close()
         messages = [*self.messages, {"role": "user", "content": message}]
@@ -243,6 +248,26 @@ class Conversation:
         return self._session.new_cache(1, self._room)
 
 
+def _verify(saved: cache_file.Saved, rows: int, path: Path) -> None:
+    """Refuse a file whose parts are not of the kinds that `save` writes.
+
+    Raises:
+        CheckpointError: with what is wrong.
+    """
+    messages, ids, room = (saved.about.get(key) for key in ("messages", "token ids", "room"))
+    if not isinstance(messages, list) or not all(
+        isinstance(one, dict)
+        and one.keys() == {"role", "content"}
+        and all(isinstance(value, str) for value in one.values())
+        for one in messages
+    ):
+        raise cache_file.damaged(path, "has messages that are none")
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < rows for i in ids):
+        raise cache_file.damaged(path, "has token ids that are none of the model's")
+    if type(room) is not int or room < 0:
+        raise cache_file.damaged(path, f"has room for {room} tokens")
+
+
 def refuse_other(here: Mapping[str, Any], about: Mapping[str, Any], path: Path) -> None:
     """Refuse a conversation whose cache was made otherwise than this session would.
 
@@ -250,8 +275,9 @@ def refuse_other(here: Mapping[str, Any], about: Mapping[str, Any], path: Path) 
         RecipeError: with all that differs.
     """
     there = about.get("made with")
-    different = fingerprint.differences(here, there if isinstance(there, dict) else {})
-    if different or not isinstance(there, dict):
+    there = there if isinstance(there, dict) else {}
+    different = fingerprint.differences(here, there)
+    if different or not there:
         raise RecipeError(
             Problem(
                 message=f"{path} holds a conversation of another cache than this recipe makes: "

@@ -121,7 +121,7 @@ class Session:
             RuntimeFailure: when the session is closed, or `prompt` is no text.
         """
         self._require_open()
-        _check_text(prompt)
+        check_text(prompt)
         with self.hooks.blaming(self.hooks.slot("task"), "task"):
             return self.task.stream(prompt)
 
@@ -138,7 +138,7 @@ class Session:
         if isinstance(prompts, list | tuple):
             self._require_open()
             for prompt in prompts:
-                _check_text(prompt)
+                check_text(prompt)
             with self.hooks.blaming(self.hooks.slot("task"), "task"):
                 return self.task.batch(list(prompts))
         stream = self.stream(prompts)
@@ -208,7 +208,7 @@ class Session:
         self.close()
 
 
-def _check_text(prompt: object) -> None:
+def check_text(prompt: object) -> None:
     """Refuse what no tokenizer takes, before a plugin is blamed for it."""
     if not isinstance(prompt, str):
         raise RuntimeFailure(

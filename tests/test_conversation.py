@@ -41,6 +41,12 @@ def _converse(session: Session) -> Iterator[tuple[Conversation, list[int], list[
         yield chat, ids, stream.output.token_ids
 
 
+@pytest.mark.parametrize("message", [None, 5, "half a character: \ud800"])
+def test_what_is_no_text_is_refused(build: Build, message: Any) -> None:
+    with pytest.raises(RuntimeFailure, match="a prompt is text"):
+        build().chat().send(message)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "gpt2"])
 def test_each_turn_equals_a_fresh_run(build: Build, cache: str, family: str) -> None:
