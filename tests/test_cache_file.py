@@ -115,7 +115,8 @@ def test_reading_about_it_needs_no_torch(build: Build, tmp_path: Path) -> None:
     file = tmp_path / "talk.safetensors"
     _saved(build(*WORDS), file)
     code = (
-        "import sys; from pathlib import Path; from engine import cache_file, conversation; "
+        "import sys; from pathlib import Path; from engine import conversation; "
+        "from engine.caching import cache_file; "
         "cache_file.read_about(Path(sys.argv[1])); sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(file)], check=False)
@@ -256,6 +257,54 @@ def test_a_file_cannot_replace_what_a_cache_does(build: Build, tmp_path: Path) -
         chat.save(tmp_path / "talk.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("messages", "hello"),
+        ("messages", [{"content": "hello"}]),
+        ("messages", [{"role": "user", "content": 5}]),
+        ("token ids", "abc"),
+        ("token ids", [-1]),
+        ("token ids", [10**9]),
+        ("token ids", [1]),
+        ("room", "much"),
+        ("made with", {}),
+    ],
+)
+def test_a_file_that_says_what_none_says_is_refused(
+    build: Build, tmp_path: Path, key: str, value: Any
+) -> None:
+    """Whatever its checksum says: it may be another program's."""
+    file = tmp_path / "talk.safetensors"
+    session = build(*WORDS)
+    _saved(session, file)
+    saved = cache_file.read(file)
+    chat = session.chat()
+    _say(chat, "hello")
+    cache = chat._values.cache  # type: ignore[attr-defined]
+    cache_file.write(file, {**saved.about, key: value}, cache, None)
+    with pytest.raises((CheckpointError, RecipeError)):
+        session.chat(resume=file)
+
+
+def test_a_link_stays_a_link(build: Build, tmp_path: Path) -> None:
+    file, link = tmp_path / "talk.safetensors", tmp_path / "link"
+    link.symlink_to(file)
+    _saved(build(*WORDS), link)
+    assert link.is_symlink()
+    assert file.is_file()
+
+
+def test_a_conversation_that_breaks_off_is_saved(
+    engine: Run, model: ModelFolder, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.safetensors"
+    words = ["base", f"model.path={model('llama')}", *WORDS, "--save", str(file)]
+    done = engine("chat", *words, text="hello\n" + 500 * "z" + "\n")
+    assert done.returncode == 6, done.stderr
+    assert [one["role"] for one in cache_file.read_about(file)["messages"]] == ["user", "assistant"]
+
+
 def test_a_conversation_that_did_not_begin_can_be_saved(build: Build, tmp_path: Path) -> None:
     file = tmp_path / "talk.safetensors"
     session = build(*WORDS)
@@ -268,7 +317,10 @@ def test_a_conversation_that_did_not_begin_can_be_saved(build: Build, tmp_path: 
     [
         (["--save", "/no/such/folder/talk"], 2, "there is no such folder"),
         (["--save", "."], 2, "that is a folder"),
-        (["--resume", "nowhere"], 3, "cannot be read"),
+        (["--resume", "nowhere"], 3, "is not there"),
+        (["--save", "/dev/null"], 2, "that is no file"),
+        (["--save", "x" * 254], 2, "it cannot be written"),
+        (["--save", __file__], 2, "it holds no conversation"),
     ],
 )
 def test_files_are_refused_before_the_model_loads(

@@ -81,7 +81,8 @@ def write(path: Path, about: Mapping[str, Any], cache: Cache | None, fresh: Cach
         )
     text = json.dumps({"format": FORMAT, "about": about, "cache": held})
     metadata = {_KEY: text, "sha256": _digest(text, tensors)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    path = Path(os.path.realpath(path))  # where a link leads to
+    beside = _beside(path)
     try:
         beside.write_bytes(save(tensors, metadata=metadata))
         beside.replace(path)
@@ -91,6 +92,37 @@ def write(path: Path, about: Mapping[str, Any], cache: Cache | None, fresh: Cach
             f"the conversation cannot be saved to {path}: {error.strerror}",
             hint="name a file in a folder that exists and can be written: --save FILE",
         ) from error
+
+
+def unwritable(path: Path) -> str:
+    """Return why a file cannot be written, after trying; '' where it can."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        return "that is a folder"
+    if path.exists() and not path.is_file():
+        return "that is no file"
+    if path.exists() and not _is_conversation(path):
+        return "there is a file, and it holds no conversation"
+    if not path.parent.is_dir():
+        return "there is no such folder"
+    beside = _beside(path)
+    try:
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        return f"it cannot be written: {error.strerror}"
+    return ""
+
+
+def _is_conversation(path: Path) -> bool:
+    try:
+        return bool(read_about(path))
+    except CheckpointError:
+        return False
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 class _Taking:
@@ -184,6 +216,15 @@ def read(path: Path) -> Saved:
 
 
 def _metadata(path: Path) -> tuple[Mapping[str, Any], str, str]:
+    if not path.is_file():
+        what = "is no file" if path.exists() else "is not there"
+        raise CheckpointError(
+            Problem(
+                message=f"the conversation {path} {what}",
+                hint="a file that engine chat --save wrote, or begin anew without --resume",
+                code="conversation-missing",
+            )
+        )
     read_header(path)
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -192,7 +233,7 @@ def _metadata(path: Path) -> tuple[Mapping[str, Any], str, str]:
     try:
         text, digest = metadata[_KEY], metadata["sha256"]
         content = json.loads(text)
-        about = content["about"]
+        about, _ = content["about"], content["cache"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise damaged(path, "holds no conversation") from error
     if content.get("format") != FORMAT or not isinstance(about, dict):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from engine.cli import common, streams
-from engine.errors import PluginError, RecipeError, RuntimeFailure
+from engine.errors import EngineError, PluginError, RecipeError, RuntimeFailure
 
 if TYPE_CHECKING:
     from engine.contexts import Chat, Output
@@ -27,7 +27,7 @@ def chat(
     save: Annotated[
         Path | None,
         typer.Option(
-            help="Write the conversation, cache and all, to FILE at the end.",
+            help="Write the conversation, cache and all, to FILE at the end, however it ends.",
             metavar="FILE",
             show_default=False,
         ),
@@ -59,35 +59,44 @@ def chat(
         if sys.stdin.isatty():
             print(f"{recipe.model.path}: {COMMANDS}", file=sys.stderr)
         said = False
-        for message in _messages():
-            said = True
-            if message == "/exit":
-                break
-            if message == "/reset":
-                conversation = session.chat()
-                print("a new conversation", file=sys.stderr)
-            elif message.startswith("/") and sys.stdin.isatty():
-                print(COMMANDS, file=sys.stderr)
-            else:
-                _turn(session, conversation, message, json=json)
-        if said and save is not None:
-            conversation.save(save)
-            print(f"saved to {save} ({save.stat().st_size:,} bytes)", file=sys.stderr)
+        try:
+            for message in _messages():
+                said = True
+                if message == "/exit":
+                    break
+                if message == "/reset":
+                    conversation = session.chat()
+                    print("a new conversation", file=sys.stderr)
+                elif message.startswith("/") and sys.stdin.isatty():
+                    print(COMMANDS, file=sys.stderr)
+                else:
+                    _turn(session, conversation, message, json=json)
+        except (EngineError, KeyboardInterrupt):
+            with suppress(EngineError):  # what went wrong first is what is told
+                _save(conversation, save if said else None)
+            raise
+        _save(conversation, save if said else None)
         if not said:
             print("nothing was said: one message per line, typed or piped in", file=sys.stderr)
 
 
+def _save(conversation: Chat, file: Path | None) -> None:
+    if file is not None:
+        conversation.save(file)
+        print(f"saved to {file} ({file.stat().st_size:,} bytes)", file=sys.stderr)
+
+
 def _look_ahead(recipe: Recipe, save: Path | None, resume: Path | None) -> None:
     """Refuse files that cannot be written or resumed, before the model loads."""
-    if save is not None and (save.is_dir() or not save.absolute().parent.is_dir()):
+    from engine.caching import cache_file
+
+    if save is not None and (why := cache_file.unwritable(save)):
         raise RecipeError(
-            f"--save {save}: "
-            + ("that is a folder" if save.is_dir() else "there is no such folder"),
-            hint="name a file in a folder that exists",
+            f"--save {save}: {why}", hint="name a file in a folder that can be written"
         )
     if resume is not None:
         from engine import conversation
-        from engine.caching import cache_file, fingerprint
+        from engine.caching import fingerprint
 
         about = cache_file.read_about(resume)
         conversation.refuse_other(fingerprint.of_recipe(recipe), about, resume)
