@@ -21,8 +21,8 @@ from engine.contexts import (
 )
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
 from engine.loading import checkpoint
+from engine.loading.common import quiet
 from engine.probe import failing_together
-from engine.quantizing.packing import quiet
 from engine.recipe import Recipe
 from engine.session import Session
 from engine.target import Target

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _LOADING = threading.Lock()
 """Conversions are registered for the whole process, so only one model loads at a time."""
 
+_NOISY = ("accelerate", "torchao", "torch.utils._pytree", "bitsandbytes")
+"""Loggers that tell of kernels that nobody asked for, or of what the receipts tell."""
+
 _TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
 
 
@@ -110,13 +113,13 @@ def changed(before: dict[str, torch.Tensor], model: PreTrainedModel) -> list[str
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings and progress bars from the terminal: faults are errors here."""
+    levels = {logger: logger.level for logger in map(getLogger, _NOISY)}
+    for logger in levels:  # before the libraries are imported, perhaps
+        logger.setLevel(ERROR)
     from transformers import utils
 
     logging: Any = utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    accelerate = getLogger("accelerate")  # tells what it offloads, which the receipt does
-    its_level = accelerate.level
-    accelerate.setLevel(ERROR)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -124,7 +127,8 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        accelerate.setLevel(its_level)
+        for logger, before in levels.items():
+            logger.setLevel(before)
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()

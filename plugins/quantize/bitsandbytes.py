@@ -19,7 +19,7 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.quantizing import misread, packing
+from engine.quantizing import misread, packing, pricing, proving
 from engine.quantizing.layers import source
 from engine.rules import Rule
 
@@ -109,7 +109,7 @@ class BitsAndBytes:
     def _misfits(self, shape: ModelShape, traits: frozenset[str]) -> Iterator[Problem]:
         """Refuse layers that its kernels for CPUs do not multiply, or not rightly."""
         if self.bits == 4 and "target.cpu" in traits:
-            layers = packing.to_pack(shape, kinds=LAYERS, skip=self.skip_modules)
+            layers = pricing.to_pack(shape, kinds=LAYERS, skip=self.skip_modules)
             yield from misread.problems(layers, self.skip_modules)
         latent = "def expand_kv(" in source(shape.model_type).code
         if self.bits == 8 and "target.cuda" not in traits and latent:
@@ -134,7 +134,7 @@ class BitsAndBytes:
         asked, compute = self.compute_dtype, context.value_bytes
         if self.bits == 4 and (asked is not ComputeDtype.auto or compute == 4):
             compute = 4 if asked is ComputeDtype.float32 else 2
-        yield from packing.terms(
+        yield from pricing.terms(
             context,
             pack,
             kinds=LAYERS,
@@ -200,7 +200,7 @@ class BitsAndBytes:
         if state is not None:
             more = {"values": state.quant_type, "scales quantized": bool(state.nested)}
         config: Any = session.built["quantize"].config
-        yield packing.receipt(
+        yield proving.receipt(
             session,
             claim=f"linear layers are kept in {self.bits} bits",
             packed=packed,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
 from engine.contexts import EstimateContext, Quantization, QuantizeContext, Receipt, Term
-from engine.quantizing import misread, packing
+from engine.quantizing import misread, pricing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ class Unquantized:
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price the checkpoint's tensors, where their sizes are known."""
         if context.shape.tensors:
-            weights = packing.in_memory(context)
+            weights = pricing.in_memory(context)
             yield Term(name="weights", bytes=sum(prod(w.shape) * w.value_bytes for w in weights))
 
     @hookimpl

@@ -19,7 +19,7 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.quantizing import packing
+from engine.quantizing import packing, pricing, proving
 from engine.rules import Rule
 from engine.tensors import plain_parts
 
@@ -96,7 +96,7 @@ class Quanto:
             scales = 2 * (columns if groups == 1 else groups) * value_bytes
             return ceil(groups / 2) * group, scales + beside
 
-        yield from packing.terms(context, pack, kinds=LAYERS, skip=self.skip_modules)
+        yield from pricing.terms(context, pack, kinds=LAYERS, skip=self.skip_modules)
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:
@@ -125,7 +125,7 @@ class Quanto:
             size = module.weight_group_size or module.in_features
             groups[f"{size}"] = groups.get(f"{size}", 0) + 1
         config: Any = session.built["quantize"].config
-        yield packing.receipt(
+        yield proving.receipt(
             session,
             claim=f"linear layers are kept in {self.bits} bits",
             packed=packed,

@@ -18,7 +18,8 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.quantizing import packing
+from engine.loading.common import quiet
+from engine.quantizing import packing, pricing, proving
 from engine.tensors import plain_parts
 
 if TYPE_CHECKING:
@@ -73,12 +74,12 @@ class TorchAo:
             # A float32 scale per row; integers have a zero point too, though it is always 0.
             return rows * columns, rows * (4 if self.kind is Kind.float8 else 5)
 
-        yield from packing.terms(context, pack, kinds=LAYERS, skip=self.skip_modules)
+        yield from pricing.terms(context, pack, kinds=LAYERS, skip=self.skip_modules)
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:
         """Give transformers' config, with every layer by name that stays as it is."""
-        with packing.quiet():
+        with quiet():
             from torchao import quantization
             from transformers import TorchAoConfig
 
@@ -110,7 +111,7 @@ class TorchAo:
         dynamic = self.kind is Kind.int8_dynamic
         wanted = torch.float8_e4m3fn if self.kind is Kind.float8 else torch.int8
         config: Any = session.built["quantize"].config
-        yield packing.receipt(
+        yield proving.receipt(
             session,
             claim="linear layers are kept in 8 bits",
             packed=packed,

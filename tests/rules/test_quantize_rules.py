@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
+from engine.loading.common import quiet
 from engine.plugins.quantize.quanto import _unpack_in_torch
-from engine.quantizing import misread, packing
+from engine.quantizing import misread
 from tests.models import tiny_model
 from tests.plugins.helpers import IDS, logits, plain, relative
 
@@ -27,7 +28,7 @@ def _packed(folder: Path, config: Any, dtype: torch.dtype = torch.float32) -> An
 
 
 def _torchao(name: str) -> Any:
-    with packing.quiet():
+    with quiet():
         library: Any = importlib.import_module("torchao.quantization")
     make: Any = TorchAoConfig
     return make(getattr(library, name)())
@@ -107,7 +108,7 @@ def test_nothing_to_pack(model: Callable[[str], Path]) -> None:
 
 def test_torchao_has_no_4_bits_on_a_cpu() -> None:
     """In none of its packings: each wants a library that is not there, or a GPU."""
-    with packing.quiet():
+    with quiet():
         library: Any = importlib.import_module("torchao.quantization")
         workflows: Any = importlib.import_module("torchao.quantization.quantize_.workflows")
     why: dict[str, tuple[Any, str]] = {

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig
 
 from engine.errors import RecipeError
 from engine.plugins.quantize.bitsandbytes import LAYERS, BitsAndBytes, ComputeDtype, QuantType
-from engine.quantizing import packing
+from engine.quantizing import packing, pricing
 from engine.session import Session
 from tests.conftest import Build
 from tests.plugins.helpers import (
@@ -204,7 +204,7 @@ def test_layers_that_a_cpu_would_misread_are_refused_and_how_it_goes(
     assert hints(BitsAndBytes(), shape, ["target.cuda"]) == []
     words = ("quantize=bitsandbytes", "quantize.compute_dtype=float32", "attention=eager")
     session = build(*words, problem.hint, family=family)
-    left = packing.to_pack(shape, kinds=LAYERS, skip=skip)
+    left = pricing.to_pack(shape, kinds=LAYERS, skip=skip)
     assert receipt(session, "quantize").evidence["layers packed"] == len(left) > 8
     assert relative(logits(session.model), logits(dequantized(session))) < 1e-4
 
@@ -212,7 +212,7 @@ def test_layers_that_a_cpu_would_misread_are_refused_and_how_it_goes(
 def test_layers_that_are_not_known_before_are_refused_once_loaded(
     build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Callable[[str], Path]
 ) -> None:
-    monkeypatch.setattr(packing, "to_pack", lambda *given, **more: {})
+    monkeypatch.setattr(pricing, "to_pack", lambda *given, **more: {})
     with pytest.raises(RecipeError, match=r"kv_b_proj \(16 inputs\)") as caught:
         build("quantize=bitsandbytes", family="deepseek_v3")
     assert caught.value.problems[0].hint.startswith("quantize.skip_modules=[kv_b_proj,")

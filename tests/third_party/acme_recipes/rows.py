@@ -16,7 +16,7 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
-from engine.quantizing import packing
+from engine.quantizing import packing, pricing, proving
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -49,7 +49,7 @@ class Rows:
         def pack(rows: int, columns: int, value_bytes: int) -> tuple[int, int]:
             return rows * columns, 4 * rows
 
-        yield from packing.terms(context, pack, kinds=["Linear"], skip=self.skip_modules)
+        yield from pricing.terms(context, pack, kinds=["Linear"], skip=self.skip_modules)
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:
@@ -66,7 +66,7 @@ class Rows:
         from acme_recipes.row_quantizer import RowLinear
 
         modules = session.model.named_modules()
-        yield packing.receipt(
+        yield proving.receipt(
             session,
             claim="linear layers are kept in 8 bits",
             packed={name: module for name, module in modules if isinstance(module, RowLinear)},
