@@ -68,7 +68,7 @@ class Dynamic:
         yield from rotary.outside(
             self,
             rotary.stretch(self.factor, "4"),
-            ("alpha", self._alpha >= 1, "must be 1 or more", "null"),
+            ("alpha", self.alpha is None or self.alpha >= 1, "must be 1 or more", "null"),
         )
 
     @hookimpl

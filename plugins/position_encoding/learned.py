@@ -62,6 +62,15 @@ class Learned:
                 "nothing is stretched",
                 hint="position_encoding.factor=2",
             )
+            return
+        known = context.shape.max_positions if context.shape else None
+        if known and int(known * self.factor) == known:
+            yield Problem(
+                slot="position_encoding",
+                code="does-nothing",
+                message=f"position_encoding.factor={self.factor} adds no position to {known}",
+                hint="position_encoding.factor=2",
+            )
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
@@ -112,7 +121,7 @@ class Learned:
             claim = "the learned positions are stretched over a longer context"
             stored = position_tables.stored(session, table)
             if stored is not None:
-                wanted = _stretched(stored, rows.shape[0], table.offset, after / before)
+                wanted = _stretched(stored, rows.shape[0], table.offset, self.factor)
                 worst = float((wanted.to(rows.dtype) - rows.cpu()).abs().max())
                 evidence["largest difference from the checkpoint's, stretched"] = worst
         yield Receipt(

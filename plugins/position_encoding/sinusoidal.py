@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from engine.session import Session
     from engine.shape import ModelShape
 
+SMALLEST = 16
+
 
 @dataclass
 class Sinusoidal:
@@ -53,11 +55,12 @@ class Sinusoidal:
         shape = context.shape
         if shape is not None:
             yield from self._unsuitable(shape.model_type, shape.position, shape.max_positions)
-        if self.max_positions is not None and self.max_positions < 1:
+        if self.max_positions is not None and self.max_positions < SMALLEST:
             yield Problem(
                 slot="position_encoding",
                 code="value",
-                message=f"position_encoding.max_positions={self.max_positions} must be above 0",
+                message=f"position_encoding.max_positions={self.max_positions}: a prompt and an "
+                f"answer do not fit; {SMALLEST} is the least",
                 hint="position_encoding.max_positions=4096",
             )
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from engine.session import Session
     from engine.shape import ModelShape
 
+MOST_TURNS = 1_000_000
+"""No frequency turns as often within any context."""
+
 
 @dataclass
 class Yarn:
@@ -48,7 +51,12 @@ class Yarn:
             self,
             rotary.stretch(self.factor, "4"),
             ("beta_slow", self.beta_slow > 0, "must be more than 0", "1"),
-            ("beta_fast", self.beta_fast > self.beta_slow, "must be more than beta_slow", "32"),
+            (
+                "beta_fast",
+                self.beta_slow < self.beta_fast <= MOST_TURNS,
+                f"must be more than beta_slow, and at most {MOST_TURNS}",
+                "32",
+            ),
             ("attention_factor", (self.attention_factor or 1) > 0, "must be more than 0", "null"),
             ("original_max_position_embeddings", (original or 1) > 0, "must be above 0", "null"),
         )

@@ -202,6 +202,7 @@ def test_values_that_stretch_nothing_are_refused(model: Callable[[str], Path]) -
         (Linear(factor=math.inf), "factor=4"),
         (Dynamic(factor=0.5), "factor=4"),
         (Dynamic(alpha=0.5), "alpha=null"),
+        (Yarn(beta_fast=1e308), "beta_fast=32"),
         (Llama3(factor=math.nan), "factor=8"),
         (Llama3(low_freq_factor=0), "low_freq_factor=1"),
         (Llama3(high_freq_factor=1), "high_freq_factor=4"),
@@ -214,6 +215,7 @@ def test_values_that_stretch_nothing_are_refused(model: Callable[[str], Path]) -
     ):
         assert f"position_encoding.{hint}" in hints(plugin, llama), plugin
     assert not hints(LongRope([2.0] * 8), llama)
+    assert len(refusals(Dynamic(factor=0.5), llama)) == 1
     far = Llama3(original_max_position_embeddings=10**6)
     assert "changes nothing" in refusals(far, llama)[0].message
     assert not LongRope([2.0]).needs

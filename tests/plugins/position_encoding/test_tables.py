@@ -92,6 +92,12 @@ def test_a_stretched_table_is_one_stretched_by_hand(build: Build, family: str) -
     assert evidence["largest difference from the checkpoint's, stretched"] == 0
 
 
+def test_a_factor_may_be_no_whole_number(build: Build) -> None:
+    """The new rows are fewer than `factor` times the old, and lie `factor` apart all the same."""
+    session = build("position_encoding=learned", "position_encoding.factor=1.3", family="opt")
+    assert session.context_tokens == int(1.3 * CONTEXT)
+
+
 @pytest.mark.parametrize("family", TABLES)
 def test_sinusoids_are_those_of_the_paper(build: Build, family: str) -> None:
     longer = f"position_encoding.max_positions={2 * CONTEXT}"
@@ -167,6 +173,8 @@ def test_what_has_no_table_is_refused(model: Callable[[str], Path]) -> None:
     assert "llama has rope positions" in refusals(Sinusoidal(), llama)[0].message
     assert hints(Learned(factor=1.0), gpt2) == ["position_encoding.factor=2"]
     assert hints(Sinusoidal(max_positions=0), gpt2) == ["position_encoding.max_positions=4096"]
+    assert hints(Sinusoidal(max_positions=1), gpt2) == ["position_encoding.max_positions=4096"]
+    assert hints(Learned(factor=1.001), gpt2) == ["position_encoding.factor=2"]
     roberta = read_shape(AutoConfig.for_model("roberta").to_dict())
     for plugin in (Learned(), Sinusoidal()):
         assert "makes no table" in refusals(plugin, roberta)[0].message
