@@ -155,6 +155,23 @@ def test_what_cannot_be_written_is_refused_before_anything_loads(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_stays_a_link(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    convert(engine.compose("base", words(model("llama"))), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there" / "config.json").is_file()
+
+
+def test_a_mounted_folder_is_refused_before_anything_loads(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda folder: folder == tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RecipeError, match="mounted folder"):
+        convert(engine.compose("base", words(model("llama"))), tmp_path / "out")
+
+
 @pytest.mark.parametrize("fault", ["changed", "failed", "interrupted"])
 def test_no_half_of_a_folder_is_left(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str

@@ -131,9 +131,12 @@ def convert(recipe: Recipe, folder: Path, *, progress: Progress = lambda step: N
 
 def _vacant(folder: Path) -> Path:
     """Return the folder's full path, once nothing is there that would be lost."""
-    folder = Path(os.path.abspath(folder.expanduser()))
+    folder = Path(os.path.realpath(folder.expanduser()))  # where a link leads to
     if folder.is_dir() and any(folder.iterdir()):
         raise RecipeError(f"--to {folder}: there is something in it", hint="--to a new folder")
+    if folder.is_mount():
+        hint = f"--to {folder / 'model'}"
+        raise RecipeError(f"--to {folder}: a mounted folder cannot be replaced", hint=hint)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"--to {folder}: that is a file", hint="--to a new folder")
     if not folder.parent.is_dir():
