@@ -98,6 +98,7 @@ class QuantizePuppet(Puppet):
 
     slot = "quantize"
     works_as = "quantize.none:Unquantized"
+    provides: ClassVar[tuple[str, ...]] = ("quantize.unchanged",)
     quantize = provider("quantize")
 
 
