@@ -123,6 +123,9 @@ MEAN = 0.5
 """How far below the likeliest the logits of all tokens may be on average, for each choice that
 rounds. Text that has nothing to do with the model is 3 away."""
 
+ELSEWHERE = frozenset({"attention=flash", "attention=flex", "cache=offloaded", "load=gguf"})
+"""Choices that need a GPU, or a file that the tiny models lack."""
+
 SKIPPED: dict[str, str] = {}
 """Choices that are not tried here, and where they are instead."""
 
@@ -195,12 +198,16 @@ def pairs(families: Sequence[str] = FAMILIES) -> Iterator[Cell]:
 
 
 def combos(count: int, seed: int = 0, families: Sequence[str] = FAMILIES) -> Iterator[Cell]:
-    """Yield full recipes: a choice drawn for every slot, and a family."""
+    """Yield full recipes: a family, and for every slot the base's choice or, as often, another."""
     draw = random.Random(seed)
-    slots = {slot: [each for each in variants() if each.slot == slot] for slot in BASE}
+    slots: dict[str, list[Variant]] = {slot: [] for slot in BASE}
+    for each in variants():
+        # Of those that this machine cannot run, and so refuses, the pairs are enough.
+        if f"{each.slot}={each.choice}" not in ELSEWHERE:
+            slots[each.slot].append(each)
     for _ in range(count):
-        drawn = (draw.choice([None, *slots[slot]]) for slot in slots)
-        chosen = tuple(each for each in drawn if each is not None)
+        drawn = (draw.choice(every) for every in slots.values() if every and draw.random() < 0.5)
+        chosen = tuple(drawn)
         yield Cell(draw.choice(families), chosen)
 
 
