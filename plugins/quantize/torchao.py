@@ -93,7 +93,9 @@ class TorchAo:
         }
         left = packing.left_alone(context.config, "torchao", kinds=LAYERS, skip=self.skip_modules)
         make: Any = TorchAoConfig
-        return Quantization(config=make(kinds[self.kind](), modules_to_not_convert=left))
+        # Unasked, it would set options of the compiler for the whole process, and for good.
+        kind = kinds[self.kind](set_inductor_config=False)
+        return Quantization(config=make(kind, modules_to_not_convert=left))
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:

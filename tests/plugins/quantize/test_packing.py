@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from engine import receipts, verdict
@@ -307,3 +308,13 @@ def test_missing_libraries_and_packed_checkpoints_are_refused(
     assert hints(quanto.Quanto(bits=3), shape) == ["quantize.bits=8"]
     monkeypatch.setattr(packing, "find_spec", lambda name: None)
     assert hints(quanto.Quanto()) == ['pip install "recipe-engine[quanto]"']
+
+
+@pytest.mark.parametrize("name", [name for name in CHOICES if name.startswith("torchao")])
+def test_the_compiler_keeps_its_options(build: Build, name: str) -> None:
+    """They are the process's, and would change what the next session compiles."""
+    before = torch._inductor.config.get_config_copy()
+    with torch._inductor.config.patch(coordinate_descent_tuning=False):
+        build(*CHOICES[name])
+        assert not torch._inductor.config.coordinate_descent_tuning
+    assert torch._inductor.config.get_config_copy() == before
