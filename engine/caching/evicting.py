@@ -7,6 +7,7 @@ has a window of its own. And where a batch is padded, the first tokens of each r
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -277,6 +278,9 @@ SCATTERED: dict[str, str | Rule] = {
 }
 """What goes with no cache that keeps tokens from two places."""
 
+MOST = 2**31
+"""Tokens in a window; no text is as long."""
+
 OWN_MASKS = frozenset({FULL, *WINDOWED, *WITHOUT_KEYS}) - {"hybrid_sliding"}
 """Types of layers whose masks do not depend on the layers that keep every token."""
 
@@ -285,6 +289,13 @@ def refuse(context: CheckContext, choice: str, window: int) -> Iterator[Problem]
     """Refuse windows that are none, and models that cannot be made to forget."""
     shape = context.shape
     own = (shape.sliding_window if shape else None) or 1
+    if window > MOST:
+        yield Problem(
+            slot="cache",
+            code="value",
+            message=f"cache.window={window} tokens are too many: the most is {MOST}",
+            hint="cache=dynamic, which forgets nothing",
+        )
     if window < max(own, 2):
         why = "a token would see itself alone" if window < 2 else f"the model's own has {own}"
         yield Problem(
@@ -315,12 +326,19 @@ def evicted_bytes(context: EstimateContext, layer: EvictingLayer) -> int:
     return context.batch * kept * context.value_bytes
 
 
+def _weightless(layer: EvictingLayer) -> EvictingLayer:
+    """Return a copy that takes no memory, however wide its window."""
+    trial = copy.copy(layer)
+    trial.parts = {name: part.to("meta") for name, part in layer.parts.items()}
+    return trial
+
+
 def prove(session: Session, claim: str, layer: EvictingLayer) -> Receipt:
     """Measure the probe's cache, and how much of a text that overflows it `layer` keeps."""
     kept = session.probe.kept
     layers = getattr(session.probe.cache, "layers", ())
     ours = [one for one in layers if isinstance(one, EvictingLayer)]
-    longer = rehearse(ours[0], layer.room) if ours and ours[0].parts else layer
+    longer = rehearse(_weightless(ours[0]), layer.room) if ours and ours[0].parts else layer
     left = longer.parts["keys"].shape[-2] if longer.parts else 0
     return Receipt(
         slot="cache",

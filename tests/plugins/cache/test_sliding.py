@@ -121,6 +121,7 @@ def test_what_cannot_be_is_refused(model: Callable[[str], Path]) -> None:
     shape = shape_of(model("llama"))
     assert hints(Sliding(window=1), shape) == ["cache.window=1024"]
     assert hints(Sliding(window=2), shape) == []
+    assert hints(Sliding(window=10**20), shape) == ["cache=dynamic, which forgets nothing"]
     assert hints(Sliding(window=15), shape_of(model("gemma3"))) == ["cache.window=1024"]
     assert hints(Sliding(window=16), shape_of(model("gemma3"))) == []
     (problem,) = refusals(Sliding(), shape_of(model("mistral")))
@@ -130,6 +131,12 @@ def test_what_cannot_be_is_refused(model: Callable[[str], Path]) -> None:
     assert problem.code == "cache-unsupported"
     assert "hybrid" in problem.message
     assert hints(Sliding()) == []
+
+
+def test_the_proof_takes_no_memory(build: Build) -> None:
+    window = 2**31
+    session = build("cache=sliding", f"cache.window={window}")
+    assert receipt(session, "cache").evidence["of a longer text, tokens held"] == window - 1
 
 
 def test_another_cache_is_no_proof(build: Build) -> None:
