@@ -147,7 +147,6 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
 def _read_config(recipe: Recipe, folder: Path) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    stated = checkpoint.read_config(folder)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=recipe.model.trust_remote_code
@@ -157,30 +156,11 @@ def _read_config(recipe: Recipe, folder: Path) -> PretrainedConfig:
     except Exception as error:
         what = "transformers cannot use the config"
         raise checkpoint.unusable(folder, error, what) from error
-    _verify_packing(folder, stated.get("quantization_config"))
     for part in (config, config.get_text_config()):
         part.return_dict = True  # how to answer is for the caller to say, who is the engine
     # The attention implementation comes from the recipe, never from the checkpoint.
     config._attn_implementation_internal = None
     return config
-
-
-def _verify_packing(folder: Path, stated: Any) -> None:
-    """Refuse a packing that transformers does not know: it would load the codes as weights."""
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
-    known = {"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING}
-    if method is not None and method not in known:
-        raise CheckpointError(
-            Problem(
-                message=f"config.json says quantization_config.quant_method={method}, which "
-                "transformers does not know",
-                hint=f"it knows: {', '.join(sorted(known))}; or the original checkpoint",
-                where=str(folder / "config.json"),
-                code="quantization",
-            )
-        )
 
 
 def _device() -> torch.device:

@@ -37,11 +37,12 @@ def collect(session: Session) -> list[Receipt]:
     if probe is None or not sum(probe.tokens):
         problem = _problem(session.hooks.slot("task"), "did not send anything through the model")
         raise PluginError(problem)
-    receipts = session.hooks.receipts(session) + list(_contradictions(session, probe))
+    proofs = session.hooks.receipts(session)
+    receipts = proofs + list(_contradictions(session, probe))
     order = [one.slot for one in session.hooks.chosen]
     receipts.sort(key=lambda receipt: order.index(receipt.slot))
     problems = [_broken(session, receipt) for receipt in receipts if not receipt.ok]
-    given = {receipt.slot for receipt in receipts}
+    given = {receipt.slot for receipt in proofs}
     problems += [
         _problem(one, "gave no receipt, so nothing proves that it took effect")
         for one in session.hooks.chosen

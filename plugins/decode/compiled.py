@@ -31,6 +31,14 @@ GROWING = Rule(
     "DynamicLayer.is_compileable of transformers",
     seen="transformers 5.23.0, torch 2.13.0, 2026-11-22",
 )
+DYNAMIC_ROPE = Rule(
+    code="compiled-dynamic-rope",
+    why="its frequencies are made anew where the text has grown, which the code decides by looking "
+    "at a tensor, and a compiled step cannot",
+    hint="decode=generate",
+    source="dynamic_frequency_update in transformers' modeling_rope_utils.py",
+    seen="transformers 5.23.0, torch 2.13.0, 2026-11-22",
+)
 
 
 @dataclass
@@ -53,8 +61,13 @@ class Compiled(Sampling):
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
-        """Refuse a machine that cannot compile."""
+        """Refuse a machine that cannot compile, and a model that cannot be compiled."""
         yield from super().check(context)
+        if context.shape is not None and context.shape.rope_type == "dynamic":
+            what = (
+                f"decode=compiled does not work with the dynamic NTK of {context.shape.model_type}"
+            )
+            yield DYNAMIC_ROPE.problem("decode", what)
         if "target.cpu" in context.traits and not any(map(which, COMPILERS)):
             yield Problem(
                 slot="decode",

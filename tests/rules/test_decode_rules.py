@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
@@ -133,3 +134,12 @@ def test_a_growing_cache_is_compiled_twice_and_not_for_each_token(
             found = compiled(**given, past_key_values=caches[0]).logits
             assert torch.allclose(found, llama(**given, past_key_values=caches[1]).logits)
     assert counters["stats"]["unique_graphs"] - before == 2
+
+
+def test_compiled_dynamic_rope(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    llama = plain(tiny_model("llama", tmp_path, rope_parameters=rope))
+    torch._dynamo.reset()
+    step: Any = torch.compile(llama.forward, fullgraph=True, backend="eager")
+    with torch.no_grad(), pytest.raises(Unsupported, match="Data-dependent branching"):
+        step(input_ids=IDS, use_cache=False)
