@@ -37,19 +37,23 @@ State traits, never names of choices: then plugins that do not know each other c
     model.split_kv, .kv_heads   projections of keys and values apart; their heads can be fewer
     model.latent_kv, .sliding, .recurrent, .moe, .softcap, .sinks     MLA; windows; layers that
                                 keep a state; experts; capped scores; learned sinks
-    weights.packed              the weights are no plain numbers any more
+    weights.packed, .unsavable  the weights are no plain numbers any more; nor can they be saved
+    weights.by_pass             how a token is rounded depends on all tokens of the pass
+    quantize.reads.*            it has a quantizer for checkpoints of this `quant_method`
     heads.pooled                key/value heads are means of the checkpoint's
     position.varies             rotary frequencies depend on the length of the text
     model.key_bias              keys get a bias and no norm: they may lie far from zero
     position.bias, .scores      attention must add a bias, or compute other scores ...
     attention.bias, .scores     ... and can
     attention.window, .flash    old tokens are hidden; no mask of queries and keys is taken
-    load.random, .offloaded     the weights are made up; some lie on the CPU or on disk
+    load.random, .offloaded, .dispatched     the weights are made up; some lie on the CPU or on
+                                disk; they may be spread over devices
     cache.none, .dynamic, .static     nothing is kept; it grows; it has a fixed size and compiles
     cache.croppable             the last tokens can be taken back
     cache.evicting, .quantized, .offloaded, .unrepeatable     it forgets; it rounds; it lives
                                 elsewhere; its rows cannot be doubled or reordered
-    decode.compiled, .assisted, .beam     steps are compiled; drafts are tried; several at once
+    decode.compiled, .assisted, .beam, .sampling     steps are compiled; drafts are tried; several
+                                at once; tokens are drawn
     target.cpu, .cuda, .mps, .bfloat16, .fp8     the device, and what it computes in
 
 A choice that changes nothing is an error, unless that is its point and it says so: with the trait

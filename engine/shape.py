@@ -444,6 +444,10 @@ class _Reader:
             yield "model.softcap"
         if self.get("kv_lora_rank"):
             yield "model.latent_kv"
+        packed = self.outer("quantization_config")
+        packed = packed if isinstance(packed, Mapping) else {}
+        if packed.get("load_in_8bit") and packed.get("llm_int8_threshold", 6.0):
+            yield "weights.by_pass"
         names = [name for name in tensors if not re.search(r"vision|visual|audio", name)]
         normed = any(re.search(r"\.(k|key)_(layer)?norm\.", name) for name in names)
         if any(name.endswith(".k_proj.bias") for name in names) and not normed:

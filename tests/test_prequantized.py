@@ -108,6 +108,17 @@ def test_an_old_config_without_a_method_is_bitsandbytes(model: Model, tmp_path: 
     assert "checkpoint-quantized" in {problem.code for problem in found.problems}
 
 
+def test_packed_in_8_bits_rounds_by_the_pass_and_takes_no_drafts(
+    model: Model, tmp_path: Path
+) -> None:
+    drafts = ["decode=prompt-lookup", "target=cpu"]
+    for threshold, expected in ((6.0, {"speculation-by-pass"}), (0.0, set())):
+        packed = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        words = stated(model, tmp_path / str(threshold), **packed, llm_int8_threshold=threshold)
+        found = verdict.check(recipe.compose("base", [*words, *drafts]))
+        assert {problem.code for problem in found.problems} == expected
+
+
 @pytest.mark.parametrize("choice", ["nf4", "int8", "torchao"])
 def test_packed_checkpoints_load_and_stay_packed(
     build: Build, model: Model, tmp_path: Path, choice: str

@@ -1,7 +1,8 @@
 """A beginning that many prompts share: computed once, copied for each.
 
 Right only where a text in two parts leaves the same keys and values as in one: caches that round
-or forget do not, and recompute. What is shared is compared token by token with each prompt.
+or forget do not, nor do weights whose rounding depends on the pass; these recompute. What is
+shared is compared token by token with each prompt.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ UNSHARED = {
     "cache.quantized": "its rounding depends on the parts in which a text comes",
     "cache.evicting": "what it forgets depends on the parts in which a text comes",
     "cache.offloaded": "it cannot be copied",
+    "weights.by_pass": "how its 8-bit products round depends on all tokens of a pass",
     "decode.beam": "beams need a cache of their own",
 }
 """Trait → why a prefix is computed for each prompt."""

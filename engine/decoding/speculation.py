@@ -60,11 +60,21 @@ LONGROPE = Rule(
     source="prepare_inputs_for_generation in modeling_phi3.py of transformers",
     seen=SEEN,
 )
+BY_PASS = Rule(
+    code="speculation-by-pass",
+    why="its 8-bit products spare the columns with an outlier in any token of a pass, so that "
+    "drafts that go along change the tokens",
+    hint="decode=generate, or quantize.bits=4",
+    source="Dettmers et al. 2022, arXiv 2208.07339, section 3.2; int8_vectorwise_quant in "
+    "bitsandbytes/backends/default/ops.py",
+    seen="bitsandbytes 0.50.2, 2026-11-22",
+)
 EXCLUDES = {
     "cache.static": STATIC,
     "cache.evicting": EVICTING,
     "model.rope_varies": LONGROPE,
     "position.varies": LONGROPE,
+    "weights.by_pass": BY_PASS,
 }
 UNCROPPABLE = frozenset({"linear_attention", "recurrent"})
 """Layer types with a state that cannot be cut back; convolutions record their past, and can."""

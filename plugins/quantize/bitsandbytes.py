@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from engine import hookimpl
 from engine.contexts import (
@@ -62,10 +62,12 @@ class ComputeDtype(Enum):
 class BitsAndBytes:
     """Keep the weights of linear layers in 8 bits, or in 4.
 
-    8: LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, section 3. 4: NormalFloat (`nf4`) or a
-    4-bit float (`fp4`) in blocks of 64 with a scale each, Dettmers et al. 2023, arXiv 2305.14314
-    (QLoRA), section 3; `double_quant` also quantizes the scales. `skip_modules` are names, ends of
-    names or patterns of layers to leave alone, besides the head, which always is.
+    8: LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, section 3: inputs are rounded too, but
+    for columns with an outlier in any token of the pass, so that what goes through the model
+    together rounds together. 4: NormalFloat (`nf4`) or a 4-bit float (`fp4`) in blocks of 64 with a
+    scale each, Dettmers et al. 2023, arXiv 2305.14314 (QLoRA), section 3; `double_quant` also
+    quantizes the scales. `skip_modules` are names, ends of names or patterns of layers to leave
+    alone, besides the head, which always is.
     """
 
     bits: int = 4
@@ -73,7 +75,11 @@ class BitsAndBytes:
     double_quant: bool = False
     compute_dtype: ComputeDtype = ComputeDtype.auto
     skip_modules: list[str] = field(default_factory=list)
-    provides: ClassVar[tuple[str, ...]] = ("weights.packed",)
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """Say that weights are packed, and whether outliers are those of a whole pass."""
+        return ("weights.packed", "weights.by_pass") if self.bits == 8 else ("weights.packed",)
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:

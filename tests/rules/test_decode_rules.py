@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DynamicCache,
+    QuantizedCache,
+    StaticCache,
+)
 
 from tests.models import tiny_model
 from tests.plugins.helpers import IDS, plain
@@ -80,6 +86,34 @@ def test_speculation_longrope(tmp_path: Path) -> None:
     with torch.no_grad():
         short, long = (phi(ids, use_cache=False).logits[0, 7] for ids in (IDS, drafts))
     assert not torch.allclose(short, long, atol=1e-3)
+
+
+def test_speculation_by_pass(model: Callable[[str], Path]) -> None:
+    """Outliers of later tokens, which a token does not see, change its logits."""
+    make: Any = BitsAndBytesConfig
+    auto: Any = AutoModelForCausalLM
+    llama = auto.from_pretrained(
+        model("llama"),
+        dtype=torch.float32,
+        quantization_config=make(load_in_8bit=True),
+        device_map={"": torch.device("cpu")},
+    )
+    layers = [each for each in llama.modules() if type(each).__name__ == "Linear8bitLt"]
+    assert {layer.state.threshold for layer in layers} == {6.0}
+    largest = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, inputs: largest.append(inputs[0].abs().max()))
+
+    def difference() -> float:
+        with torch.no_grad():
+            whole, part = (llama(ids, use_cache=False).logits[:, :5] for ids in (IDS, IDS[:, :5]))
+        return float((whole - part).abs().max())
+
+    assert difference() > 1e-2
+    assert max(largest) > 6
+    for layer in layers:
+        layer.state.threshold = 0.0
+    assert difference() < 1e-5  # nothing else does it
 
 
 def test_beam_unrepeatable_cache(model: Callable[[str], Path]) -> None:

@@ -72,6 +72,21 @@ def test_other_decoders_answer_as_without_sharing(build: Build, decode: str) -> 
         assert session.generate(prompt).token_ids == whole.generate(PREFIX + prompt).token_ids
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_weights_that_round_by_the_pass_answer_as_without_sharing(
+    build: Build, family: str
+) -> None:
+    int8 = ("quantize=bitsandbytes", "quantize.bits=8")
+    session = build(*WORDS, *int8, family=family)
+    whole = build(*int8, "decode.max_new_tokens=6", family=family)
+    assert "depends on all tokens of a pass" in _shared(session).refused
+    (_, receipt) = session.recipe.task.receipts(session)
+    assert "depends on all tokens of a pass" in receipt.claim
+    assert receipt.ok
+    for prompt in PROMPTS:
+        assert session.generate(prompt).token_ids == whole.generate(PREFIX + prompt).token_ids
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_only_the_prompts_own_tokens_go_through_the_model(build: Build, cache: str) -> None:
     session = build(*WORDS, f"cache={cache}")
