@@ -72,7 +72,7 @@ def refusals(
     if there and not there & set(kinds):
         yield nothing_to_pack(choice, shape.model_type, there)
     elif not broken:
-        yield from _idle_patterns(shape, kinds, skip, problem)
+        yield from _idle_patterns(choice, shape, kinds, skip, problem)
 
 
 def nothing_to_pack(choice: str, model_type: str, there: Collection[str]) -> Problem:
@@ -82,7 +82,9 @@ def nothing_to_pack(choice: str, model_type: str, there: Collection[str]) -> Pro
         code="nothing-to-pack",
         message=f"quantize={choice} finds nothing to pack in {model_type}: its layers are "
         f"{', '.join(sorted(there)) or 'all left alone'}",
-        hint="quantize=none, or another: engine list quantize",
+        hint="quantize=none, or another: engine list quantize"
+        if there
+        else "quantize=none, or fewer of quantize.skip_modules",
     )
 
 
@@ -95,9 +97,16 @@ def _is_expression(pattern: str) -> bool:
 
 
 def _idle_patterns(
-    shape: ModelShape, kinds: Collection[str], skip: Sequence[str], problem: Refuse
+    choice: str,
+    shape: ModelShape,
+    kinds: Collection[str],
+    skip: Sequence[str],
+    problem: Refuse,
 ) -> Iterator[Problem]:
-    """Refuse patterns that match no layer, where all names are known; the build tells otherwise."""
+    """Refuse patterns that match no layer, or together all of them, where all names are known.
+
+    The build tells otherwise.
+    """
     places = [source(shape.model_type).place(name) for name in shape.tensors]
     linear = [place for place in places if place and place.linear]
     if not linear or not all(place.exact for place in linear):
@@ -106,6 +115,9 @@ def _idle_patterns(
     for pattern in skip:
         if not any(matches(name, [pattern]) for name in names):
             yield problem("matches-nothing", *_no_match(pattern, shape.model_type, names))
+    heads = {place.module for place in linear if place.head}
+    if names and all(name in heads or matches(name, skip) for name in names):
+        yield nothing_to_pack(choice, shape.model_type, ())
 
 
 def _no_match(pattern: str, model_type: str, names: Sequence[str]) -> tuple[str, str]:

@@ -199,6 +199,24 @@ def test_a_pattern_that_matches_nothing_is_refused_by_check(
     assert "no regular expression" in problem.message
 
 
+@pytest.mark.parametrize("name", ["torchao-int8", "quanto-int8", "int8", "nf4"])
+@pytest.mark.parametrize(
+    ("skip", "codes"),
+    [
+        (".*", ["nothing-to-pack"]),
+        ("model.layers.0,model.layers.1", ["nothing-to-pack"]),
+        ("model.layers.0", []),
+    ],
+)
+def test_leaving_everything_alone_is_refused_by_check(
+    model: Callable[[str], Path], name: str, skip: str, codes: list[str]
+) -> None:
+    words = [f"model.path={model('llama')}", *CHOICES[name], f"quantize.skip_modules=[{skip}]"]
+    problems = verdict.check(compose("base", words)).problems
+    assert [each.code for each in problems] == codes
+    assert all("fewer of quantize.skip_modules" in each.hint for each in problems)
+
+
 def test_a_pattern_is_refused_in_the_build_where_no_headers_tell(build: Build) -> None:
     config = build().source_config
     with pytest.raises(RecipeError, match="matches fc1") as caught:
