@@ -279,7 +279,7 @@ SCATTERED: dict[str, str | Rule] = {
 """What goes with no cache that keeps tokens from two places."""
 
 MOST = 2**31
-"""Tokens in a window; no text is as long."""
+"""Tokens in a window, or before it; no text is as long."""
 
 OWN_MASKS = frozenset({FULL, *WINDOWED, *WITHOUT_KEYS}) - {"hybrid_sliding"}
 """Types of layers whose masks do not depend on the layers that keep every token."""

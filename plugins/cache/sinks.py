@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from engine import hookimpl
 from engine.caching.evicting import (
     EXCLUDES,
+    MOST,
     SCATTERED,
     EvictingLayer,
     evicted_bytes,
@@ -62,6 +63,13 @@ class Sinks:
                 code="value",
                 message=f"cache.sinks={self.sinks}: without first tokens it is a plain window",
                 hint="cache.sinks=4, or cache=sliding",
+            )
+        if self.sinks > MOST:
+            yield Problem(
+                slot="cache",
+                code="value",
+                message=f"cache.sinks={self.sinks} tokens are too many: the most is {MOST}",
+                hint="cache=dynamic, which forgets nothing",
             )
 
     @hookimpl

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.caching.evicting import MOST
 from engine.caching.layers import measure
 from engine.contexts import CacheContext
 from engine.plugins.cache.sinks import Sinks
@@ -79,7 +80,8 @@ def test_what_cannot_be_is_refused(model: Callable[[str], Path]) -> None:
     shape = shape_of(model("llama"))
     assert hints(Sinks(sinks=0), shape) == ["cache.sinks=4, or cache=sliding"]
     assert hints(Sinks(window=0), shape) == ["cache.window=1024"]
-    assert hints(Sinks(sinks=1, window=2), shape) == []
+    assert hints(Sinks(sinks=1, window=2), shape) == hints(Sinks(sinks=MOST), shape) == []
+    assert hints(Sinks(sinks=MOST + 1), shape) == ["cache=dynamic, which forgets nothing"]
 
 
 def test_another_cache_is_no_proof(build: Build) -> None:
