@@ -68,6 +68,9 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
         )
     progress("importing torch and transformers")
     with quiet():
+        # It imports the quantizers that are installed, and these complain of kernels.
+        import transformers.modeling_utils  # noqa: F401
+
         source = _read_config(recipe, folder)
     device = _device()
     if verdict.target.kind != device.type:  # what the target can, this machine may not

@@ -383,12 +383,15 @@ def tiny_checkpoint(folder: Path, family: str = "llama") -> Path:
     fast: Any = transformers.PreTrainedTokenizerFast
 
     words = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    config = transformers.AutoConfig.for_model(
-        family, vocab_size=len(words), hidden_size=64, intermediate_size=128,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, initializer_range=0.3,  # wide, or one token would repeat
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+    sizes = {
+        "vocab_size": len(words), "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "initializer_range": 0.3,  # wide, or one token repeats
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    usual = transformers.AutoConfig.for_model(family)  # a size that it lacks would be believed
+    known = {name: value for name, value in sizes.items() if hasattr(usual, name)}
+    config = transformers.AutoConfig.for_model(family, **known)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = auto.from_config(config, dtype=torch.float32)

@@ -130,7 +130,8 @@ def test_check_says_ok_or_everything_that_is_wrong(engine: Run) -> None:
     assert done.returncode == 2
     found = json.loads(done.stdout)
     assert found["ok"] is False
-    assert {"slot", "code", "message", "hint", "where"} == set(found["problems"][0])
+    keys = {"slot", "code", "message", "hint", "where", "source"}
+    assert set(found["problems"][0]) == keys
     assert {problem["slot"] for problem in found["problems"]} >= {"attention", "cache"}
 
 

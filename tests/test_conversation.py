@@ -114,7 +114,7 @@ def test_keys_of_other_frequencies_are_made_anew(
         return found
 
     assert right() == [True] * 3
-    monkeypatch.setattr("engine.conversation.frequencies", lambda *_: 0)
+    monkeypatch.setattr("engine.conversation.frequency_set", lambda *_: 0)
     assert right() != [True] * 3
     session.close()
 

@@ -224,7 +224,7 @@ MALFORMED = [
         BASE + "- override cache: null\n" + MODEL,
         "no-choice",
         "no choice for cache",
-        "dynamic, none, static",
+        "dynamic, fp8",
     ),
     yaml(
         "choice elsewhere",
@@ -320,7 +320,7 @@ MALFORMED = [
         "quantize.bits=8",
         "unknown-key",
         "quantize=none has no option",
-        "quantize=bitsandbytes has it: quantize=bitsandbytes quantize.bits=8;",
+        "quantize=bitsandbytes has it (as has quantize=quanto): quantize=bitsandbytes quant",
     ),
     typed(
         "max_tokens of another",

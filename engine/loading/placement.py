@@ -7,6 +7,7 @@ that computes.
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,8 @@ class Placement:
         sizes = {device: memory(size) for device, size in self.max_memory.items()}
         unread = [device for device, size in sizes.items() if not size]
         whole = _weight_bytes(context)
+        offloads = "disk" in values or named
+        closed = unwritable(self.offload_folder) if self.offload_folder and offloads else ""
         names = ", ".join(NAMES)
         known = given is None or values or (isinstance(given, str) and given in NAMES)
         for found, code, message, hint in (
@@ -101,10 +104,16 @@ class Placement:
                 "load.offload_folder=./offload",
             ),
             (
-                self.offload_folder and "disk" not in values and not named,
+                self.offload_folder and not offloads,
                 "does-nothing",
                 "load.offload_folder does nothing: no part goes to the disk",
                 "load.offload_folder=null, or load.device_map=auto",
+            ),
+            (
+                closed,
+                "unwritable",
+                f"load.offload_folder={self.offload_folder} cannot be written: {closed}",
+                "load.offload_folder=./offload",
             ),
             (
                 self.offload_unpacked and not self.offloads,
@@ -242,6 +251,23 @@ def _parts(
         full = f"{name}.{child}".lstrip(".")
         # What is said of the whole holds for each part that says nothing of itself.
         yield from _parts(part, full, {full: place, **given} if place is not None else given)
+
+
+def unwritable(folder: str) -> str:
+    """Return why files cannot be written to a folder, which need not be there yet; '' if they can.
+
+    By trying beside, in what is there of its path, and leaving nothing: modes tell root nothing.
+    """
+    try:
+        wanted = Path(folder).expanduser().absolute()
+        there = wanted
+        while not os.path.lexists(there):
+            there = there.parent
+        with tempfile.TemporaryDirectory(prefix="weights-", dir=there) as beside:
+            (Path(beside) / wanted.relative_to(there)).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError, ValueError) as error:  # no such user; a character 0
+        return getattr(error, "strerror", None) or str(error)
+    return ""
 
 
 def _own_folder(parent: str) -> str:

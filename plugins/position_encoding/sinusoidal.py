@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from engine import hookimpl
 from engine.contexts import (
     CheckContext,
+    EstimateContext,
     PositionContext,
     PositionEncoding,
     Receipt,
     ReshapeContext,
+    Term,
 )
 from engine.errors import Problem, RecipeError
 from engine.families import family
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from engine.shape import ModelShape
 
 SMALLEST = 16
+MOST = 2**24
+"""Positions: beyond, float32 cannot tell each from the next."""
 
 
 @dataclass
@@ -63,6 +67,29 @@ class Sinusoidal:
                 f"answer do not fit; {SMALLEST} is the least",
                 hint="position_encoding.max_positions=4096",
             )
+        if self.max_positions is not None and self.max_positions > MOST:
+            yield Problem(
+                slot="position_encoding",
+                code="value",
+                message=f"position_encoding.max_positions={self.max_positions}: {MOST} is the most",
+                hint="position_encoding.max_positions=4096",
+            )
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Name the rows that come on top of the checkpoint's."""
+        shape = context.shape
+        table = position_tables.find(shape.model_type)
+        rows = shape.max_positions or 0
+        if table is not None:
+            stored = (
+                tensor.shape[0]
+                for name, tensor in shape.tensors.items()
+                if f".{name}".endswith(f".{table.name}.weight")
+            )
+            rows += table.offset - next(stored, 0)
+        added = max(rows, 0) * shape.hidden_size * context.value_bytes
+        yield Term(name="rows of positions", bytes=added)
 
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:

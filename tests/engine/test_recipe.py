@@ -340,7 +340,8 @@ def test_who_has_an_option_is_told_in_spite_of_broken_plugins(
     with pytest.raises(RecipeError) as caught:
         compose("tiny", ["attention.size=5", "heads.size=5"])
     first, second = caught.value.problems
-    assert first.hint.startswith("attention=picky has it: attention=picky attention.size=5; ")
+    assert first.hint.startswith("attention=picky has it (as has attention=window): ")
+    assert "attention=picky attention.size=5; " in first.hint
     assert "has it" not in second.hint
 
 

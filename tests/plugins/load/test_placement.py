@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine import builder, recipe, verdict
-from engine.errors import DoesNotFit, EngineError, RecipeError
+from engine.errors import DoesNotFit, RecipeError
 from engine.loading.placement import Placement
 from tests.conftest import Build
 from tests.models import tiny_model
@@ -178,10 +178,18 @@ def test_memory_is_not_summed_up_where_it_is_spread() -> None:
     assert verdict.check(recipe.compose("tiny", spread)).ok
 
 
-def test_an_offload_folder_that_cannot_be_written_is_told(build: Build, tmp_path: Path) -> None:
+def test_an_offload_folder_that_cannot_be_written_is_told_by_check(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EngineError, match="cannot be written"):
-        build(f"load.device_map={LAYER}", f"load.offload_folder={tmp_path}/file")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    closed = [tmp_path / "file", tmp_path / "file" / "x" / "y", tmp_path / "nowhere" / "x"]
+    closed += [tmp_path / ("x" * 300), Path("~nobody-of-this-name/x")]
+    closed += [Path("/proc/x")] if Path("/proc/self").exists() else []
+    for folder in closed:
+        for device_map in (LAYER, "{rest:disk}", "auto"):
+            said = refused(f"load.device_map={device_map}", f"load.offload_folder='{folder}'")
+            assert f"load.offload_folder={folder} cannot be written: " in said, folder
+    assert refused("load.device_map={rest:disk}", f"load.offload_folder={tmp_path}/a/b") == ""
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "nowhere"]
 
 
 @pytest.mark.gpu

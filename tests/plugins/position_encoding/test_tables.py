@@ -174,6 +174,9 @@ def test_what_has_no_table_is_refused(model: Callable[[str], Path]) -> None:
     assert hints(Learned(factor=1.0), gpt2) == ["position_encoding.factor=2"]
     assert hints(Sinusoidal(max_positions=0), gpt2) == ["position_encoding.max_positions=4096"]
     assert hints(Sinusoidal(max_positions=1), gpt2) == ["position_encoding.max_positions=4096"]
+    assert hints(Sinusoidal(max_positions=2**24), gpt2) == []
+    (many,) = refusals(Sinusoidal(max_positions=10**13), gpt2)
+    assert "16777216 is the most" in many.message
     assert hints(Learned(factor=1.001), gpt2) == ["position_encoding.factor=2"]
     roberta = read_shape(AutoConfig.for_model("roberta").to_dict())
     for plugin in (Learned(), Sinusoidal()):
@@ -185,14 +188,18 @@ def test_what_has_no_table_is_refused(model: Callable[[str], Path]) -> None:
     assert "of a fixed length" in refusals(Sinusoidal(), pegasus)[0].message
 
 
-def test_rows_that_come_on_top_are_priced(model: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_rows_that_come_on_top_are_priced(model: Callable[[str], Path], family: str) -> None:
     from engine.contexts import ReshapeContext
 
-    shape: Any = Learned().reshape(
-        ReshapeContext(recipe=None, shape=shape_of(model("gpt2")))  # type: ignore[arg-type]
-    )
-    (term,) = terms(Learned(), shape, tokens=1)
-    assert term.bytes == CONTEXT * 64 * 4
+    for plugin in (Learned(), Sinusoidal(max_positions=2 * CONTEXT)):
+        shape: Any = plugin.reshape(
+            ReshapeContext(recipe=None, shape=shape_of(model(family)))  # type: ignore[arg-type]
+        )
+        (term,) = terms(plugin, shape, tokens=1)
+        assert term.bytes == CONTEXT * 64 * 4
+    (term,) = terms(Sinusoidal(), shape_of(model(family)), tokens=1)
+    assert term.bytes == 0
 
 
 def test_tables_are_found_in_the_source_of_each_family() -> None:
