@@ -197,6 +197,7 @@ class Repository(ConfigRepository):
 
     def __init__(self, shelf: Shelf) -> None:
         self.sources = [shelf]
+        self._shelf = shelf
         self._loaded: dict[str, ConfigResult | None] = {}
         self._asked = 0
 
@@ -204,6 +205,8 @@ class Repository(ConfigRepository):
         """Return a config, loading it once."""
         self._asked += 1
         if self._asked > MAX_CONFIGS:
+            if self._turns_in_a_circle():  # Python's own limit is higher where a library raised it
+                raise RecursionError
             raise RecipeError(
                 Problem(
                     message=f"defaults lists lead to more than {MAX_CONFIGS} configs",
@@ -214,6 +217,26 @@ class Repository(ConfigRepository):
         if config_path not in self._loaded:
             self._loaded[config_path] = super().load_config(config_path)
         return self._loaded[config_path]
+
+
+    def _turns_in_a_circle(self) -> bool:
+        """Tell whether a config leads back to itself, by the defaults lists read so far."""
+        next_of = {
+            name: {entry.config for entry, _ in part.defaults if entry is not None}
+            for name, part in self._shelf.parts.items()
+        }
+        ahead = dict.fromkeys(next_of, False)  # True: nothing that it leads to comes back
+
+        def comes_back(name: str, path: frozenset[str]) -> bool:
+            if name in path:
+                return True
+            if ahead.get(name, True):
+                return False
+            found = any(comes_back(each, path | {name}) for each in next_of[name])
+            ahead[name] = not found
+            return found
+
+        return any(comes_back(name, frozenset()) for name in next_of)
 
 
 def config_name(config_path: str) -> str:
