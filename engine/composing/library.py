@@ -218,7 +218,6 @@ class Repository(ConfigRepository):
             self._loaded[config_path] = super().load_config(config_path)
         return self._loaded[config_path]
 
-
     def _turns_in_a_circle(self) -> bool:
         """Tell whether a config leads back to itself, by the defaults lists read so far."""
         next_of = {
