@@ -959,3 +959,15 @@ def test_many_mutations_compose_or_are_refused(text: str, words: list[str], tmp_
 def test_what_is_shipped_is_not_malformed() -> None:
     for name in recipe_names():
         engine.compose(name, ["model.path=x"])
+
+
+def test_a_circle_is_told_whatever_the_limit_of_recursion(tmp_path: Path) -> None:
+    """Libraries raise that limit, and the number of configs is reached first."""
+    (tmp_path / "bad.yaml").write_text("defaults:\n- bad\n" + MODEL)
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        with pytest.raises(RecipeError, match="in a circle"):
+            engine.compose(tmp_path / "bad.yaml")
+    finally:
+        sys.setrecursionlimit(before)

@@ -221,7 +221,7 @@ class Repository(ConfigRepository):
     def _turns_in_a_circle(self) -> bool:
         """Tell whether a config leads back to itself, by the defaults lists read so far."""
         next_of = {
-            name: {entry.config for entry, _ in part.defaults if entry is not None}
+            name: {f"{e.group}/{e.choice}".strip("/") for e, _ in part.defaults if e is not None}
             for name, part in self._shelf.parts.items()
         }
         ahead = dict.fromkeys(next_of, False)  # True: nothing that it leads to comes back
