@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.attending.masks import with_bias
+from engine.attending.masks import never_skipped, with_bias
 from engine.contexts import (
     Attention,
     AttentionContext,
@@ -228,7 +228,9 @@ def _register(session: Session, attention: Attention, bias: Bias | None) -> str 
             return forward(*args, **kwargs)
 
     AttentionInterface.register(name, counted)
-    AttentionMaskInterface.register(name, mask if bias is None else with_bias(mask, bias))
+    AttentionMaskInterface.register(
+        name, never_skipped(mask if bias is None else with_bias(mask, bias))
+    )
 
     def forget() -> None:
         for interface in (AttentionInterface, AttentionMaskInterface):

@@ -185,7 +185,10 @@ class Attention:
     key and value `[batch, kv_heads, keys, head_dim]`, mask, **kwargs) → output
     `[batch, queries, heads, head_dim]`, and weights or None."""
     mask: Callable[..., Any] | None = None
-    """As `transformers.AttentionMaskInterface`: `transformers.masking_utils.sdpa_mask`, …"""
+    """As `transformers.AttentionMaskInterface`: `transformers.masking_utils.sdpa_mask`, …. Its
+    keywords: batch_size, q_length, kv_length, q_offset, kv_offset, mask_function (of batch, head,
+    query and key; may be absent), attention_mask (`[batch, keys]`, of padding), dtype, config, ….
+    The core adds allow_is_causal_skip=False: what it hides is hidden in each pass."""
 
     def __post_init__(self) -> None:
         if (self.forward is None) != (self.mask is None):

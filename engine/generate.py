@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from engine.contexts import Figures, Generation, KeyValues, Output, Step
@@ -218,12 +219,21 @@ def check_prompt(session: Session, prompt: Sequence[int]) -> None:
             Problem(
                 message=f"the prompt has {len(prompt)} tokens; the model has positions for "
                 f"{limit}, prompt and answer together",
-                hint="shorten the prompt"
-                + ("" if session.recipe.choices.get("position_encoding") != "native" else
-                   ", or stretch the positions: position_encoding=yarn"),
+                hint="shorten the prompt, or stretch the positions: "
+                + _farther(session, len(prompt)),
                 code="context-length-exceeded",
             )
         )  # fmt: skip
+
+
+def _farther(session: Session, tokens: int) -> str:
+    """Return what to type for room for a prompt and its answer."""
+    limit, plugin = session.context_tokens or tokens, session.recipe.position_encoding
+    times = ceil((tokens + session.recipe.decode.max_new_tokens) / limit)
+    for option in ("factor", "group_size"):
+        if isinstance(now := getattr(plugin, option, None), int | float):
+            return f"position_encoding.{option}={ceil(now * times)}"
+    return f"position_encoding=yarn position_encoding.factor={times}"
 
 
 def room_for(session: Session, cache: Cache | None, length: int) -> int:

@@ -83,7 +83,7 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     # How much of a model that is spread lies on which device, accelerate decides when it loads.
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
     excess = [] if spread else _excess(terms, target)
-    notes = list(_notes(hooks, traits))
+    notes = [*_notes(hooks, traits), *_end_of_context(context)]
     return Verdict(recipe, hooks, target, reshaped, excess, terms, DoesNotFit, notes)
 
 
@@ -128,6 +128,17 @@ def _unmet(hooks: Hooks, traits: Mapping[str, str], context: CheckContext) -> It
             if trait in traits:
                 what = f"{name} does not work with {trait}, which {traits[trait]} provides"
                 yield _refusal(one.slot, "trait-excluded", what, why)
+
+
+def _end_of_context(context: CheckContext) -> Iterable[str]:
+    """Note an answer that can never become as long as it is asked for."""
+    asked = getattr(context.recipe.decode, "max_new_tokens", 0)
+    limit = context.reshaped.max_positions if context.reshaped else None
+    if limit is not None and asked >= limit:
+        yield (
+            f"decode.max_new_tokens={asked}: the model has positions for {limit} tokens, prompt "
+            "and answer together, and answers end there"
+        )
 
 
 def _notes(hooks: Hooks, traits: Mapping[str, str]) -> Iterable[str]:

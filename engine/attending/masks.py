@@ -16,6 +16,19 @@ Mask = Callable[..., Any]
 boolean or additive, or None where nothing is hidden but the future."""
 
 
+def never_skipped(mask: Mask) -> Mask:
+    """Return a mask function that may not answer None for a pass without padding.
+
+    transformers lets masks be skipped where it sees nothing but the future to hide: what a plugin's
+    own mask function hides besides would then be seen, without a word, except in padded batches.
+    """
+
+    def whole(**given: Any) -> Any:
+        return mask(**{**given, "allow_is_causal_skip": False})
+
+    return whole
+
+
 def with_bias(mask: Mask, bias: Bias) -> Mask:
     """Return a mask function that adds a bias: once per forward pass, for all layers.
 
@@ -26,7 +39,7 @@ def with_bias(mask: Mask, bias: Bias) -> Mask:
     def biased(**given: Any) -> torch.Tensor:
         import torch
 
-        # Without the leave to skip, a plain causal mask is None, and there would be nothing to add.
+        # A mask that may be skipped is None, and there would be nothing to add.
         found = mask(**{**given, "allow_is_causal_skip": False, "allow_torch_fix": False})
         if not torch.compiler.is_compiling() and isinstance(found, _blockwise()):
             return _blockwise()(given, bias)  # type: ignore[no-any-return]
