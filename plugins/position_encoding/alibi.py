@@ -54,6 +54,8 @@ class Alibi:
             why = "its table of sinusoids is made in code, and not in the weights"
         elif shape.position == "learned" and not _tables(shape.tensors) and shape.tensors:
             why = f"its table of positions has none of the names {', '.join(TABLES)}"
+        elif shape.position == "learned" and "load.random" in context.traits:
+            why = "made up weights pass no conversion that could empty its table of positions"
         else:
             return
         yield Problem(

@@ -161,3 +161,9 @@ def test_models_whose_positions_stay_are_refused(model: Callable[[str], Path]) -
     assert "none of the names" in refusals(Alibi(), replace(llama, position="learned"))[0].message
     assert hints(Alibi(), shape_of(model("gpt2"))) == []
     assert "model.alibi" in Alibi.excludes
+
+
+def test_a_made_up_table_cannot_be_emptied(model: Callable[[str], Path]) -> None:
+    (problem,) = refusals(Alibi(), shape_of(model("opt")), {"load.random"})
+    assert "made up weights" in problem.message
+    assert refusals(Alibi(), shape_of(model("llama")), {"load.random"}) == []
