@@ -31,6 +31,14 @@ GROWING = Rule(
     "DynamicLayer.is_compileable of transformers",
     seen="transformers 5.23.0, torch 2.13.0, 2026-11-22",
 )
+ALIBI = Rule(
+    code="compiled-alibi",
+    why="the model cuts its ALiBi biases to the tokens in the cache, a number that the code looks up "
+    "in a tensor, and a compiled step cannot",
+    hint="decode=generate",
+    source="MptAttention.forward in transformers' modeling_mpt.py",
+    seen="transformers 5.23.0, torch 2.13.0, 2026-11-22",
+)
 DYNAMIC_ROPE = Rule(
     code="compiled-dynamic-rope",
     why="its frequencies are made anew where the text has grown, which the code decides by looking "
@@ -53,6 +61,7 @@ class Compiled(Sampling):
     """
 
     needs: ClassVar[Mapping[str, Rule]] = {"cache.static": GROWING}
+    excludes: ClassVar[Mapping[str, Rule]] = {"model.alibi": ALIBI}
 
     @property
     def provides(self) -> tuple[str, ...]:

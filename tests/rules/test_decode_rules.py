@@ -177,3 +177,18 @@ def test_compiled_dynamic_rope(tmp_path: Path) -> None:
     step: Any = torch.compile(llama.forward, fullgraph=True, backend="eager")
     with torch.no_grad(), pytest.raises(Unsupported, match="Data-dependent branching"):
         step(input_ids=IDS, use_cache=False)
+
+
+def test_compiled_alibi(model: Callable[[str], Path]) -> None:
+    mpt = plain(model("mpt"))
+    cache = StaticCache(config=mpt.config, max_cache_len=20)
+    torch._dynamo.reset()
+    step: Any = torch.compile(mpt.forward, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        mpt(input_ids=IDS, past_key_values=cache)
+        with pytest.raises(Exception, match="Dynamo|unbacked|Data-dependent|data-dependent"):
+            step(
+                input_ids=IDS[:, :1],
+                attention_mask=torch.ones((1, 9), dtype=torch.long),
+                past_key_values=cache,
+            )
