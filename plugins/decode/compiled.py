@@ -33,8 +33,8 @@ GROWING = Rule(
 )
 ALIBI = Rule(
     code="compiled-alibi",
-    why="the model cuts its ALiBi biases to the tokens in the cache, a number that the code looks up "
-    "in a tensor, and a compiled step cannot",
+    why="the model cuts its ALiBi biases to the tokens in the cache, a number that its code looks "
+    "up in a tensor, and a compiled step cannot",
     hint="decode=generate",
     source="MptAttention.forward in transformers' modeling_mpt.py",
     seen="transformers 5.23.0, torch 2.13.0, 2026-11-22",

@@ -186,7 +186,7 @@ def test_compiled_alibi(model: Callable[[str], Path]) -> None:
     step: Any = torch.compile(mpt.forward, fullgraph=True, backend="eager")
     with torch.no_grad():
         mpt(input_ids=IDS, past_key_values=cache)
-        with pytest.raises(Exception, match="Dynamo|unbacked|Data-dependent|data-dependent"):
+        with pytest.raises(Exception, match=r"Dynamo|unbacked|[Dd]ata-dependent"):
             step(
                 input_ids=IDS[:, :1],
                 attention_mask=torch.ones((1, 9), dtype=torch.long),
