@@ -134,7 +134,7 @@ def _end_of_context(context: CheckContext) -> Iterable[str]:
     """Note an answer that can never become as long as it is asked for."""
     asked = getattr(context.recipe.decode, "max_new_tokens", 0)
     limit = context.reshaped.max_positions if context.reshaped else None
-    if limit is not None and asked >= limit:
+    if limit is not None and asked > limit:
         yield (
             f"decode.max_new_tokens={asked}: the model has positions for {limit} tokens, prompt "
             "and answer together, and answers end there"

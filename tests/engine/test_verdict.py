@@ -192,3 +192,12 @@ def test_a_choice_that_the_model_cannot_have_is_refused(
     found = verdict.check(_compose(model(family), *overrides))
     assert not found.ok
     assert says in found.problems[0].hint + found.problems[0].message
+
+
+def test_an_answer_longer_than_the_context_is_noted(model: ModelFolder) -> None:
+    notes = [
+        verdict.check(_compose(model("llama"), f"decode.max_new_tokens={tokens}")).notes
+        for tokens in (CONTEXT, CONTEXT + 1)
+    ]
+    assert notes[0] == []
+    assert "answers end there" in notes[1][0]
