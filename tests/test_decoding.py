@@ -364,3 +364,22 @@ def test_observers_hear_of_a_batch_that_fails(build: Build) -> None:
         session.generate(["def add", "x"])
     assert [event.kind for event in events] == ["started", "failed"]
     assert events[-1].data == {"error": "RuntimeFailure: no luck"}
+
+
+def test_a_cache_that_does_not_come_through_is_refused(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with transformers 5.24, which calls it otherwise: every token was computed anew."""
+    session = build()
+    model: Any = session.model
+    whole = model.generate
+
+    def renaming(*given: Any, custom_generate: Any, **options: Any) -> Any:
+        def take(*given: Any, past_key_values: Any = None, **prepared: Any) -> Any:
+            return custom_generate(*given, cache=past_key_values, **prepared)
+
+        return whole(*given, custom_generate=take, **options)
+
+    monkeypatch.setattr(model, "generate", renaming)
+    with pytest.raises(RuntimeFailure, match="does not hand the cache on"):
+        session.generate("def add")

@@ -139,6 +139,11 @@ def prepare(model: Any, generation: Generation, settings: GenerationConfig) -> R
         return Run(model, input_ids, logits_processor, prepared)
 
     run: Run = generate(model, generation, settings, generation.cache, custom_generate=take)
+    if run.cache is not generation.cache:  # else every token would be computed anew, and no word
+        raise RuntimeFailure(
+            "transformers does not hand the cache on that it was given",
+            hint='pip install "transformers>=5.23,<5.24"',
+        )
     return run
 
 
