@@ -375,8 +375,8 @@ def test_a_cache_that_does_not_come_through_is_refused(
     whole = model.generate
 
     def renaming(*given: Any, custom_generate: Any, **options: Any) -> Any:
-        def take(*given: Any, past_key_values: Any = None, **prepared: Any) -> Any:
-            return custom_generate(*given, cache=past_key_values, **prepared)
+        def take(*given: Any, **prepared: Any) -> Any:
+            return custom_generate(*given, cache=prepared.pop("past_key_values"), **prepared)
 
         return whole(*given, custom_generate=take, **options)
 
