@@ -6,6 +6,7 @@ from `engine.families`. What neither tells counts as unknown.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from engine.blueprint import drawing
+from engine.blueprint.drawing import Blueprint, Weight
 from engine.errors import CheckpointError, Problem
 from engine.families import family
 
@@ -36,6 +39,9 @@ RECURRENT = frozenset({"linear_attention", "conv", "recurrent"})
 """Layer types that keep a state: it cannot be cut back, and padding would enter it."""
 
 WINDOWED = frozenset({"sliding_attention", "chunked_attention", "hybrid_sliding"})
+
+UNQUANTIZED = re.compile(r"embed|\.wte\.|\.wpe\.|lm_head|output_layer|experts|norm|ln_|vision")
+"""What is no linear layer, or the last one, in models whose code is not known."""
 
 LEGACY_LAYER_TYPES = {
     "mamba": "linear_attention",
@@ -95,11 +101,38 @@ class ModelShape:
     traits: frozenset[str]
     tensors: Mapping[str, TensorSize] = field(default_factory=dict, repr=False)
     """By name, from the safetensors headers; empty when they are not here."""
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """config.json as it was read, with what the choices make of it."""
 
     @property
     def weight_bytes(self) -> int | None:
         """Return the bytes of all tensors as stored, or None when unknown."""
         return sum(tensor.nbytes for tensor in self.tensors.values()) if self.tensors else None
+
+    @cached_property
+    def blueprint(self) -> Blueprint | None:
+        """Return what its code makes of the config; None where that is not known."""
+        return None if self.remote_code else drawing.draw(self.config)
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """Return its parameters, of tied ones one; as the files name them where code is unknown."""
+        return tuple(_as_stored(self.tensors)) if self.blueprint is None else self.blueprint.weights
+
+    @property
+    def parameters(self) -> int | None:
+        """Return how many numbers its weights have, or None when unknown."""
+        return sum(weight.numbers for weight in self.weights if weight.trained) or None
+
+    def configured(self, names: Iterable[str], value: Any) -> Mapping[str, Any]:
+        """Return the config with another value for what goes by one of these names."""
+        config = copy.deepcopy(dict(self.config))
+        part = _text_part(config)
+        assert isinstance(part, dict)
+        first, *others = names
+        found = [name for name in (first, *others) if name in part]
+        part |= dict.fromkeys(found or [first], value)
+        return config
 
     def kv_values_kept(self, tokens: int) -> int:
         """Return how many numbers a cache keeps of a sequence; windows keep no more than theirs."""
@@ -153,6 +186,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         remote_code=not family(reader.model_type).known and bool(config.get("auto_map")),
         traits=frozenset(reader.traits(position, layer_types, sizes)),
         tensors=MappingProxyType(sizes),
+        config=config,
     )
     reader.stop_at_problems()
     return shape
@@ -454,6 +488,13 @@ class _Reader:
             yield "model.key_bias"
         if _split(names) if tensors else "model.split_kv" in code:
             yield "model.split_kv"
+
+
+def _as_stored(tensors: Mapping[str, TensorSize]) -> Iterator[Weight]:
+    for name, tensor in tensors.items():
+        plain = name.endswith(".weight") and len(tensor.shape) == 2
+        linear = plain and not UNQUANTIZED.search(name)
+        yield Weight(name=name, shape=tuple(tensor.shape), kind="", linear=linear)
 
 
 def _split(names: Iterable[str]) -> bool:

@@ -12,7 +12,6 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,4 +288,4 @@ def _weight_bytes(context: CheckContext) -> int:
     asked = context.recipe.model.dtype.value
     if asked == "auto":
         return context.shape.weight_bytes or 0
-    return VALUE_BYTES[asked] * sum(prod(tensor.shape) for tensor in context.shape.tensors.values())
+    return VALUE_BYTES[asked] * (context.shape.parameters or 0)

@@ -13,14 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from engine.contexts import CheckContext
 from engine.errors import Problem, RecipeError
-from engine.quantizing.layers import source
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    from engine.shape import ModelShape
 
 Refuse = Callable[[str, str, str], Problem]
 
@@ -68,11 +65,13 @@ def refusals(
         message = f"the checkpoint is quantized already ({shape.quantization})"
         yield problem("checkpoint-quantized", message, "quantize=none")
         return
-    there = source(shape.model_type).kinds
+    linear = [weight for weight in shape.weights if weight.matrix and not weight.head]
+    there = {weight.kind for weight in linear if shape.blueprint}
     if there and not there & set(kinds):
         yield nothing_to_pack(choice, shape.model_type, there)
-    elif not broken:
-        yield from _idle_patterns(choice, shape, kinds, skip, problem)
+    elif there and not broken:
+        names = sorted({weight.module for weight in linear if weight.kind in kinds})
+        yield from _idle_patterns(choice, shape.model_type, names, skip, problem)
 
 
 def nothing_to_pack(choice: str, model_type: str, there: Collection[str]) -> Problem:
@@ -97,27 +96,14 @@ def _is_expression(pattern: str) -> bool:
 
 
 def _idle_patterns(
-    choice: str,
-    shape: ModelShape,
-    kinds: Collection[str],
-    skip: Sequence[str],
-    problem: Refuse,
+    choice: str, model_type: str, names: Sequence[str], skip: Sequence[str], problem: Refuse
 ) -> Iterator[Problem]:
-    """Refuse patterns that match no layer, or together all of them, where all names are known.
-
-    The build tells otherwise.
-    """
-    places = [source(shape.model_type).place(name) for name in shape.tensors]
-    linear = [place for place in places if place and place.linear]
-    if not linear or not all(place.exact for place in linear):
-        return
-    names = sorted({place.module for place in linear if place.kind in kinds})
+    """Refuse patterns that match none of the layers, or together all of them."""
     for pattern in skip:
         if not any(matches(name, [pattern]) for name in names):
-            yield problem("matches-nothing", *_no_match(pattern, shape.model_type, names))
-    heads = {place.module for place in linear if place.head}
-    if names and all(name in heads or matches(name, skip) for name in names):
-        yield nothing_to_pack(choice, shape.model_type, ())
+            yield problem("matches-nothing", *_no_match(pattern, model_type, names))
+    if all(matches(name, skip) for name in names):
+        yield nothing_to_pack(choice, model_type, ())
 
 
 def _no_match(pattern: str, model_type: str, names: Sequence[str]) -> tuple[str, str]:

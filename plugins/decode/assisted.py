@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
@@ -65,8 +64,8 @@ class Assisted(Sampling):
         except CheckpointError:
             return
         if shape is not None:
-            numbers = sum(prod(tensor.shape) for tensor in shape.tensors.values())
             kept = context.batch * shape.kv_values_kept(context.tokens)
+            numbers = shape.parameters or 0
             yield Term(name="draft weights", bytes=numbers * context.value_bytes)
             yield Term(name="draft KV cache", bytes=kept * context.value_bytes)
 

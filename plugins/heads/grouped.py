@@ -13,7 +13,7 @@ from engine.contexts import CheckContext, Heads, HeadsContext, Receipt, ReshapeC
 from engine.errors import Problem, RecipeError
 from engine.families import family
 from engine.loading.rewriting import rewriting, were_rewritten
-from engine.shape import read_shape
+from engine.shape import KV_HEADS, read_shape
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,8 @@ class GroupedHeads:
         if wanted not in _divisors(shape.kv_heads)[:-1]:
             return None
         kept = tuple(values * wanted // shape.kv_heads for values in shape.kv_values)
-        return replace(shape, kv_heads=wanted, kv_values=kept)
+        config = shape.configured(KV_HEADS, wanted)
+        return replace(shape, kv_heads=wanted, kv_values=kept, config=config)
 
     @hookimpl
     def heads(self, context: HeadsContext) -> Heads:

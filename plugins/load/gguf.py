@@ -90,7 +90,7 @@ class Gguf:
         """Price the file's tensors unpacked, where nothing else in the folder tells the sizes."""
         asked = context.recipe.model
         folder = checkpoint.locate(asked.path, asked.revision, download=False)
-        if folder is not None and not context.shape.tensors and (folder / self.file).is_file():
+        if folder is not None and not context.shape.weights and (folder / self.file).is_file():
             numbers = sum(count for _, count in _read(folder / self.file).values())
             yield Term(name="weights", bytes=numbers * context.value_bytes)
 

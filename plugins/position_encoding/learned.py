@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING
 from engine import hookimpl
 from engine.contexts import (
     CheckContext,
-    EstimateContext,
     PositionContext,
     PositionEncoding,
     Receipt,
     ReshapeContext,
-    Term,
 )
 from engine.errors import Problem, RecipeError
 from engine.loading import places
 from engine.loading.rewriting import were_rewritten
 from engine.positions import position_tables
+from engine.shape import POSITIONS
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +46,9 @@ class Learned:
         shape = context.shape
         if shape.max_positions is None or not self._stretches:
             return None
-        return replace(shape, max_positions=int(shape.max_positions * self.factor))
+        longer = int(shape.max_positions * self.factor)
+        config = shape.configured(POSITIONS, longer)
+        return replace(shape, max_positions=longer, config=config)
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
@@ -71,16 +72,6 @@ class Learned:
                 message=f"position_encoding.factor={self.factor} adds no position to {known}",
                 hint="position_encoding.factor=2",
             )
-
-    @hookimpl
-    def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Name the rows that come on top of the checkpoint's."""
-        rows = context.shape.max_positions or 0
-        added = rows - int(rows / self.factor)
-        yield Term(
-            name="rows of positions",
-            bytes=added * context.shape.hidden_size * context.value_bytes,
-        )
 
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:

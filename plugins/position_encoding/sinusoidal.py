@@ -9,17 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 from engine import hookimpl
 from engine.contexts import (
     CheckContext,
-    EstimateContext,
     PositionContext,
     PositionEncoding,
     Receipt,
     ReshapeContext,
-    Term,
 )
 from engine.errors import Problem, RecipeError
 from engine.families import family
 from engine.loading import places
 from engine.positions import position_tables
+from engine.shape import POSITIONS
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,8 @@ class Sinusoidal:
         """Set the context."""
         if self.max_positions is None or self.max_positions < 1:
             return None
-        return replace(context.shape, max_positions=self.max_positions)
+        config = context.shape.configured(POSITIONS, self.max_positions)
+        return replace(context.shape, max_positions=self.max_positions, config=config)
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
@@ -74,22 +74,6 @@ class Sinusoidal:
                 message=f"position_encoding.max_positions={self.max_positions}: {MOST} is the most",
                 hint="position_encoding.max_positions=4096",
             )
-
-    @hookimpl
-    def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Name the rows that come on top of the checkpoint's."""
-        shape = context.shape
-        table = position_tables.find(shape.model_type)
-        rows = shape.max_positions or 0
-        if table is not None:
-            stored = (
-                tensor.shape[0]
-                for name, tensor in shape.tensors.items()
-                if f".{name}".endswith(f".{table.name}.weight")
-            )
-            rows += table.offset - next(stored, 0)
-        added = max(rows, 0) * shape.hidden_size * context.value_bytes
-        yield Term(name="rows of positions", bytes=added)
 
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:

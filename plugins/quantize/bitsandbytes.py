@@ -19,8 +19,8 @@ from engine.contexts import (
     Term,
 )
 from engine.errors import Problem
+from engine.families import family
 from engine.quantizing import misread, packing, pricing, proving
-from engine.quantizing.layers import source
 from engine.rules import Rule
 
 if TYPE_CHECKING:
@@ -115,9 +115,10 @@ class BitsAndBytes:
     def _misfits(self, shape: ModelShape, traits: frozenset[str]) -> Iterator[Problem]:
         """Refuse layers that its kernels for CPUs do not multiply, or not rightly."""
         if self.bits == 4 and "target.cpu" in traits:
-            layers = pricing.to_pack(shape, kinds=LAYERS, skip=self.skip_modules)
+            packed = pricing.to_pack(shape, kinds=LAYERS, skip=self.skip_modules)
+            layers = {name: (weight.rows, weight.columns) for name, weight in packed.items()}
             yield from misread.problems(layers, self.skip_modules)
-        latent = "def expand_kv(" in source(shape.model_type).code
+        latent = "def expand_kv(" in family(shape.model_type).model_code
         if self.bits == 8 and "target.cuda" not in traits and latent:
             left = any(packing.matches("self_attn.kv_b_proj", [each]) for each in self.skip_modules)
             if not left:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
@@ -25,10 +24,8 @@ class Unquantized:
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Price the checkpoint's tensors, where their sizes are known."""
-        if context.shape.tensors:
-            weights = pricing.in_memory(context)
-            yield Term(name="weights", bytes=sum(prod(w.shape) * w.value_bytes for w in weights))
+        """Price the weights, where they are known."""
+        yield from pricing.plain(context)
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:

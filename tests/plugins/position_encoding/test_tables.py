@@ -18,6 +18,7 @@ from engine.contexts import PositionContext
 from engine.errors import RecipeError
 from engine.plugins.position_encoding.learned import Learned
 from engine.plugins.position_encoding.sinusoidal import Sinusoidal
+from engine.plugins.quantize.none import Unquantized
 from engine.positions import position_tables
 from engine.session import Session
 from engine.shape import read_shape
@@ -192,14 +193,12 @@ def test_what_has_no_table_is_refused(model: Callable[[str], Path]) -> None:
 def test_rows_that_come_on_top_are_priced(model: Callable[[str], Path], family: str) -> None:
     from engine.contexts import ReshapeContext
 
+    before = shape_of(model(family))
     for plugin in (Learned(), Sinusoidal(max_positions=2 * CONTEXT)):
-        shape: Any = plugin.reshape(
-            ReshapeContext(recipe=None, shape=shape_of(model(family)))  # type: ignore[arg-type]
-        )
-        (term,) = terms(plugin, shape, tokens=1)
-        assert term.bytes == CONTEXT * 64 * 4
-    (term,) = terms(Sinusoidal(), shape_of(model(family)), tokens=1)
-    assert term.bytes == 0
+        context = ReshapeContext(recipe=None, shape=before)  # type: ignore[arg-type]
+        after: Any = plugin.reshape(context)
+        (was,), (now,) = (terms(Unquantized(), each, tokens=1) for each in (before, after))
+        assert now.bytes - was.bytes == CONTEXT * 64 * 4
 
 
 def test_tables_are_found_in_the_source_of_each_family() -> None:

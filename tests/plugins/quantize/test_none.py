@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,6 @@ import torch
 
 from engine.contexts import QuantizeContext
 from engine.plugins.quantize.none import Unquantized
-from engine.shape import read_shape
 from tests.conftest import Build
 from tests.models import tiny_config
 from tests.plugins.helpers import receipt, shape_of, terms, verdict
@@ -33,9 +34,11 @@ def test_it_gives_no_config() -> None:
     assert Unquantized().quantize(context).config is None
 
 
-def test_unknown_tensors_have_no_estimate(build: Build) -> None:
-    shape = read_shape(build().source_config.to_dict())
-    assert terms(Unquantized(), shape, 1) == []
+def test_the_config_alone_tells(model: Callable[[str], Path]) -> None:
+    shape = shape_of(model("gpt2"))
+    assert terms(Unquantized(), replace(shape, tensors={}), 1) == terms(Unquantized(), shape, 1)
+    unknown = {**shape.config, "model_type": "never_heard"}
+    assert terms(Unquantized(), replace(shape, tensors={}, config=unknown), 1) == []
 
 
 def test_packed_weights_contradict_it(build: Build) -> None:

@@ -17,7 +17,6 @@ from engine.contexts import Quantization
 from engine.errors import RecipeError
 from engine.plugins.quantize import bitsandbytes, quanto
 from engine.quantizing import packing
-from engine.quantizing.layers import source
 from engine.recipe import compose
 from engine.session import Session
 from engine.tensors import plain_parts
@@ -67,7 +66,7 @@ def packed_parts(session: Session) -> Iterator[tuple[Any, list[torch.Tensor]]]:
 
 
 def allocated(session: Session) -> dict[str, int]:
-    """Return the bytes that are really held: codes and plain weights, and scales."""
+    """Return the bytes that are really held: of plain weights, of codes, and of scales."""
     model = session.model
     packed = list(packed_parts(session))
     seen = {id(each) for module, parts in packed for each in (module.weight, *parts)}
@@ -75,18 +74,17 @@ def allocated(session: Session) -> dict[str, int]:
     held = [*model.named_parameters(), *model.named_buffers()]
     rest = [each.nbytes for name, each in held if name in saved and id(each) not in seen]
     return {
-        "weights": sum(parts[0].nbytes for _, parts in packed) + sum(rest),
+        "weights": sum(rest),
+        "packed weights": sum(parts[0].nbytes for _, parts in packed),
         "scales": sum(part.nbytes for _, parts in packed for part in parts[1:]),
     }
 
 
 def priced(session: Session) -> dict[str, int]:
-    shape = verdict.find_shape(session.recipe)[0]
-    assert shape is not None
-    reshaped = replace(shape, kv_heads=session.shape.kv_heads)
-    dtype = session.recipe.model.dtype.value
-    found = terms(session.recipe.quantize, reshaped, 1, dtype=dtype)
-    return {"scales": 0} | {term.name: term.bytes for term in found}
+    """Return the bytes that config.json alone tells."""
+    shape = replace(session.shape, tensors={})
+    found = terms(session.recipe.quantize, shape, 1, dtype=session.recipe.model.dtype.value)
+    return {"scales": 0, "packed weights": 0} | {term.name: term.bytes for term in found}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,7 +123,7 @@ def test_it_is_as_large_as_estimated(build: Build, family: str, name: str, dtype
 def test_pooled_heads_are_priced_as_pooled(build: Build, name: str) -> None:
     session = build(*CHOICES[name], "heads=grouped", "heads.num_key_value_heads=1")
     assert priced(session) == allocated(session)
-    assert priced(session)["weights"] < priced(build(*CHOICES[name]))["weights"]
+    assert sum(priced(session).values()) < sum(priced(build(*CHOICES[name])).values())
 
 
 @pytest.mark.parametrize("columns", [160, 192, 256, 200])
@@ -142,17 +140,13 @@ def test_groups_of_4_bits_are_priced_as_they_are(
     assert f"{group}: 1" in str(told).split(", ")
 
 
-def test_unknown_tensors_have_no_estimate(model: Callable[[str], Path]) -> None:
-    assert terms(quanto.Quanto(), replace(shape_of(model("llama")), tensors={}), 1) == []
-
-
-def test_what_a_checkpoint_ignores_or_ties_is_not_priced(model: Callable[[str], Path]) -> None:
-    shape = shape_of(model("gpt2"))
-    tensor = shape.tensors["transformer.h.0.attn.c_attn.weight"]
-    more = {**shape.tensors, "transformer.h.0.attn.bias": tensor}
-    assert terms(quanto.Quanto(), replace(shape, tensors=more), 1) == terms(
-        quanto.Quanto(), shape, 1
-    )
+def test_of_unknown_code_the_files_tell(model: Callable[[str], Path]) -> None:
+    shape = shape_of(model("llama"))
+    unknown = replace(shape, config={**shape.config, "model_type": "never_heard"})
+    assert unknown.blueprint is None
+    for plugin in (quanto.Quanto(), bitsandbytes.BitsAndBytes()):
+        assert terms(plugin, unknown, 1) == terms(plugin, shape, 1)
+        assert terms(plugin, replace(unknown, tensors={}), 1) == []
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -234,14 +228,13 @@ def test_patterns_are_read_as_transformers_does() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_told_from_the_source(model: Callable[[str], Path], family: str) -> None:
+def test_layers_are_told_from_the_config(model: Callable[[str], Path], family: str) -> None:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
     reference = plain(model(family))
-    shape = shape_of(model(family))
-    places = [source(shape.model_type).place(name) for name in shape.tensors]
-    told = {p.module: p.kind for p in places if p and p.linear and not p.head}
+    matrices = [weight for weight in shape_of(model(family)).weights if weight.matrix]
+    told = {weight.module: weight.kind for weight in matrices if not weight.head}
     head = reference.get_output_embeddings()
     real = {
         name: type(module).__name__
@@ -249,7 +242,6 @@ def test_layers_are_told_from_the_source(model: Callable[[str], Path], family: s
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     assert told == real
-    assert source(shape.model_type).kinds == set(real.values())
 
 
 @pytest.mark.parametrize("name", list(CHOICES)[1:])
