@@ -57,8 +57,9 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
     verdict = check(recipe)
     verdict.raise_for_problems()
     progress("finding the model")
+    here = checkpoint.locate(recipe.model.path, recipe.model.revision, download=False) is not None
     folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=True)
-    if folder is not None and verdict.shape is None:  # its config.json has come just now
+    if folder is not None and not here:  # its config.json has come just now
         verdict = check(recipe)
         verdict.raise_for_problems()
     if folder is None:

@@ -53,15 +53,20 @@ class CheckContext:
 
 @dataclass(frozen=True, kw_only=True)
 class EstimateContext:
-    """A workload to price."""
+    """A pass through the model, to be priced: that of a prompt, or that of one more token."""
 
     recipe: Recipe
     shape: ModelShape
     """As the chosen plugins will leave it."""
     target: Target
     batch: int
+    """Sequences that go through the model together; beams count."""
     tokens: int
-    """Tokens that the cache must hold: prompt and new ones, per sequence."""
+    """Tokens of each sequence that the cache has taken when the pass is over."""
+    new: int = 1
+    """Tokens of each sequence that go through the model in this pass."""
+    max_tokens: int | None = None
+    """Tokens that each sequence may grow to, prompt and answer; None for `tokens`."""
 
     @property
     def dtype(self) -> str | None:
@@ -72,6 +77,29 @@ class EstimateContext:
     def value_bytes(self) -> int:
         """Return the bytes of a number in that format."""
         return VALUE_BYTES.get(self.dtype or "float32", 4)
+
+    @property
+    def rows(self) -> int:
+        """Return how many tokens go through the model in this pass, of all sequences together."""
+        return self.batch * self.new
+
+    @property
+    def capacity(self) -> int:
+        """Return the tokens that each sequence may grow to."""
+        return self.max_tokens or self.tokens
+
+    @property
+    def met(self) -> int:
+        """Return how many keys a query meets: a full cache of fixed size, or what is kept."""
+        cache: Any = getattr(self.recipe, "cache", None)
+        provides = getattr(cache, "provides", ())
+        if self.new == self.tokens:
+            return self.tokens
+        if "cache.static" in provides:
+            return min(getattr(cache, "max_tokens", None) or self.capacity, self.capacity)
+        if "cache.evicting" in provides:
+            return min(self.tokens, getattr(cache, "window", self.tokens) + self.new)
+        return self.tokens
 
 
 VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -84,13 +112,35 @@ def _dtype(recipe: Recipe, shape: ModelShape | None) -> str | None:
     return stored if asked == "auto" else asked
 
 
+DURING = ("", "pass", "attention", "feed-forward", "logits")
+"""When memory is held: for as long as the session or the conversation (''), throughout a pass, or
+in a part of it. A pass needs what is always there, what lasts for it, and the largest of its parts.
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One named part of a plan."""
+    """One named part of a pass: the memory that it holds, and the work that it is.
+
+    Terms of one name are added up. A target turns work into seconds: by its bandwidth, by its rate
+    for a number format, and by what it takes to start an operator. What a term moves and computes
+    goes on at once; terms follow one another.
+    """
 
     name: str
     bytes: int = 0
+    during: str = ""
+    """When these are held: one of `DURING`."""
+    launches: float = 0.0
+    """Operators that are started."""
+    moved: float = 0.0
+    """Bytes read and written."""
+    flops: float = 0.0
+    """Floating point (or integer) operations; a product and its sum are two."""
+    rate: str = ""
+    """Number format of these: a key of `target.tflops`."""
     seconds: float = 0.0
+    """What takes its time whatever the target."""
 
 
 @dataclass(frozen=True, kw_only=True)

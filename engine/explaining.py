@@ -19,9 +19,10 @@ from typing import Any
 from engine import recipe as recipes
 from engine import registry
 from engine.calls import Chosen
-from engine.contexts import EstimateContext, ReshapeContext, Term
+from engine.contexts import ReshapeContext, Term
 from engine.errors import EngineError
 from engine.hooks import Hooks
+from engine.planning.passes import Pricer
 from engine.recipe import Recipe
 from engine.shape import ModelShape
 from engine.verdict import Verdict, check, find_shape
@@ -117,7 +118,10 @@ class _Plan:
     def bytes(
         self, chosen: tuple[Chosen, ...], asked: tuple[Chosen, ...] = ()
     ) -> dict[str, int] | None:
-        """Return the bytes that `asked` (all of `chosen`, unless given) add, by name."""
+        """Return the bytes that `asked` (all of `chosen`, unless given) add, by name.
+
+        What is held is that at the end of the answer, what passes that of the prompt.
+        """
         if self._shape is None:
             return None
         recipe = dataclasses.replace(
@@ -126,13 +130,12 @@ class _Plan:
         try:
             hooks = Hooks(chosen)
             shape = hooks.reshape(ReshapeContext(recipe=recipe, shape=self._shape))
-            tokens = int(recipe.decode.max_new_tokens)
-            if shape.max_positions is not None:
-                tokens = min(tokens, shape.max_positions)
-            context = EstimateContext(
-                recipe=recipe, shape=shape, target=self._verdict.target, batch=1, tokens=tokens
-            )
-            return _summed(Hooks(asked or chosen).estimate(context))
+            pricer = Pricer(recipe, hooks, shape, self._verdict.target, None)
+            batch, found = recipe.workload.batch, Hooks(asked or chosen)
+            last = found.estimate(pricer.token(batch, *pricer.lengths).context)
+            first = found.estimate(pricer.prompt(batch, *pricer.lengths).context)
+            held = [term for term in last if not term.during]
+            return _summed([*held, *(term for term in first if term.during)])
         except (EngineError, AttributeError, TypeError):
             return None  # options that check refuses may have no price
 

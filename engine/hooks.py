@@ -37,7 +37,10 @@ class Hooks(Calls):
         """Collect the terms of the plan."""
         from engine.contexts import Term
 
-        return self._collect("estimate", context, Term, name=str, bytes=int, seconds=int | float)
+        number = int | float
+        work = dict.fromkeys(("launches", "moved", "flops", "seconds"), number)
+        types = {"name": str, "bytes": int, "during": str, "rate": str, **work}
+        return self._collect("estimate", context, Term, **types)
 
     def position_encoding(self, context: contexts.PositionContext) -> contexts.PositionEncoding:
         """Ask how positions are encoded."""

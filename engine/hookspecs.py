@@ -102,7 +102,7 @@ if TYPE_CHECKING:
     from engine.session import Session
     from engine.shape import ModelShape
 
-API_VERSION = "1.1"
+API_VERSION = "1.2"
 """Version of this contract. A plugin's `engine_api` is checked against it."""
 
 hookspec = pluggy.HookspecMarker("engine")
@@ -146,12 +146,15 @@ def check(context: CheckContext) -> Iterable[Problem] | None:
 
 @hookspec
 def estimate(context: EstimateContext) -> Iterable[Term] | None:
-    """Name what the choice adds to memory and time.
+    """Name what the choice adds to a pass through the model: memory and work.
 
-    Collecting. Runs after composing when the model's shape is known. `engine check` adds the
-    bytes up and holds them against the target's usable memory.
+    Collecting. Runs after composing when the model's shape is known, for the pass of a prompt and
+    for that of a token, at several lengths: `engine check` and `engine plan` reckon with it.
 
-    Gets shape, target and workload (batch, tokens per sequence). Gives terms in bytes and seconds.
+    Gets shape, target and pass: sequences, tokens of each that go through and that are kept. Gives
+    terms: bytes and when they are held; operators started, bytes moved, operations in a number
+    format. What a choice does in another's place, it alone names: `quantize` all weights and their
+    products, `attention` the scores, `cache` keys and values, `decode` what is beside the model.
 
         @hookimpl
         def estimate(self, context):

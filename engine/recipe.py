@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from engine.composing.defaults import GROUPS
 from engine.composing.source import is_file, printable, show, yaml_files
 from engine.errors import EngineError, Problem, RecipeError, choices_hint
 from engine.hookspecs import SLOTS
@@ -48,6 +49,22 @@ class Model:
     dtype: Dtype = Dtype.auto
     trust_remote_code: bool = False
     """Run code that the checkpoint brings. Pin `revision` when you do."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """What its config.json says: for judging and planning before that is on this machine."""
+    source: str = ""
+    """Where `config` is from."""
+    checked: str = ""
+    """Day on which somebody looked at the source: year-month-day."""
+
+
+@dataclass
+class Workload:
+    """What `check` and `plan` reckon with: how much goes through the model at a time."""
+
+    batch: int = 1
+    """Sequences."""
+    prompt_tokens: int = 512
+    """Tokens of each prompt; the answer has up to `decode.max_new_tokens` more."""
 
 
 @dataclass
@@ -56,6 +73,7 @@ class Schema:
 
     model: Model = field(default_factory=Model)
     target: Target = field(default_factory=Target)
+    workload: Workload = field(default_factory=Workload)
     seed: int = 0
     load: Any = MISSING
     quantize: Any = MISSING
@@ -113,7 +131,7 @@ def compose(recipe: str | os.PathLike[str] = DEFAULT, overrides: Sequence[str] =
             )
         )
     composed = Composing(name, library, overrides).run()
-    order = [slot for slot in (*SLOTS, "target") if slot in composed.choices]
+    order = [group for group in GROUPS if group in composed.choices]
     choices = {slot: composed.choices[slot] for slot in order}
     return Recipe(**composed.values, name=name, file=str(file), choices=choices, text=composed.text)
 

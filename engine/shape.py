@@ -210,13 +210,20 @@ class _Reader:
             self.family = family(self.model_type)
         self.attention = self.mapping("attn_config")
 
+    @cached_property
+    def made(self) -> Mapping[str, Any]:
+        """Return what transformers reads in the file; empty where it makes nothing of it."""
+        try:
+            return _Attributes(_text_attribute(drawing.configure(self.config)))
+        except Exception:  # the values are wrong, which is told below, or its code is not known
+            return {}
+
     def get(self, *names: str) -> Any:
-        """Return the first value that is not null: from the file, else from the config class."""
-        aliases = [self.family.renamed[name] for name in names if name in self.family.renamed]
-        for source in (self.part, self.attention, self.family.defaults):
-            for name in (*names, *aliases):
-                if source.get(name) is not None:
-                    return source[name]
+        """Return the first value that is not null: as transformers reads it, or as it stands."""
+        for source in (self.made, self.part, self.attention):
+            found = [source[name] for name in names if source.get(name) is not None]
+            if found:
+                return found[0]
         return None
 
     def outer(self, name: str) -> Any:
@@ -289,11 +296,11 @@ class _Reader:
         if self.get("kv_lora_rank") and self.get("qk_nope_head_dim"):
             return self.count(("qk_nope_head_dim",)) + self.count(("qk_rope_head_dim",))
         stated = self.optional("head_dim", "d_kv")
-        if stated or not heads:
+        if not heads:
             return stated or 0
-        if hidden % heads:
+        if hidden % heads and stated in (None, hidden // heads):
             self.complain(f"hidden_size {hidden} does not divide by {heads} attention heads")
-        return hidden // heads
+        return stated or hidden // heads
 
     def kv_heads(self, heads: int) -> int:
         """Return the number of key/value heads."""
@@ -314,8 +321,9 @@ class _Reader:
 
     def layer_types(self, layers: int) -> tuple[str, ...]:
         """Return the kind of each layer."""
-        stated = self.get("layer_types", "layers_block_type")
-        types = self._usual_layer_types(layers) if stated is None else stated
+        written = self.part.get("layer_types") or self.part.get("layers_block_type")
+        types = written or self.get("layer_types", "layers_block_type")
+        types = self._usual_layer_types(layers) if types is None else types
         if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
             self.complain(f"layer_types must be a list of names, not {types!r}")
             return ()
@@ -329,26 +337,12 @@ class _Reader:
         )
 
     def _usual_layer_types(self, layers: int) -> list[str]:
-        """Do as the config class does when config.json does not list the layers."""
+        """Return the kinds where all layers are of one, and nobody says which."""
         if not self.get(*HEADS):
             return ["linear_attention"] * layers
-        code = self.family.config_code
-        rhythm = (
-            r'"(sliding_attention|linear_attention)" if (?:bool)?\(*i \+ 1\) % (?:self\.)?_?(\w+)'
-        )
-        found = re.search(rhythm, code)
-        if found and (found[1] != "sliding_attention" or self.window()):
-            named = re.search(r'(?:window_pattern|attention_interval)(?:",| =) (\d+)', code)
-            usual = found[2] if found[2].isdigit() else named[1] if named else "1"
-            every = self.optional(found[2], "sliding_window_pattern", "full_attention_interval")
-            every = every or int(usual)
-            return [found[1] if (i + 1) % every else "full_attention" for i in range(layers)]
-        first = self.get("max_window_layers") if "i >= self.max_window_layers" in code else None
-        first = first if isinstance(first, int) else None
-        if not self.window() or (first is None and "layer_types" in self.family.defaults):
-            return ["full_attention"] * layers  # at worst more cache than there will be
-        windowed = "sliding_attention" if self.get("sliding_window") else "chunked_attention"
-        return [windowed if i >= (first or 0) else "full_attention" for i in range(layers)]
+        if not self.window():
+            return ["full_attention"] * layers
+        return ["sliding_attention" if self.get("sliding_window") else "chunked_attention"] * layers
 
     def kv_values(
         self, layer_types: tuple[str, ...], heads: int, kv_heads: int, head_dim: int
@@ -383,8 +377,8 @@ class _Reader:
         """Return how the model knows where a token stands."""
         code = self.family.model_code
         if re.search(r"\balibi\b", code) or not code:
-            usual = "alibi" not in self.family.defaults and bool(code)
-            if self.part.get("alibi", usual) or (not code and self.attention.get("alibi")):
+            switch = self.get("alibi")
+            if bool(code) if switch is None else switch:
                 return "alibi"
         rotary = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
         if re.search(r"RotaryEmbedding\(|= apply_rotary", code) or (not code and self.get(*rotary)):
@@ -398,7 +392,8 @@ class _Reader:
     def rope_parameters(self) -> Mapping[str, Any]:
         """Return what is said of rotary positions: by today's name, the former, or the class."""
         given = self.mapping("rope_parameters") or self.mapping("rope_scaling")
-        given = given or self.family.rope_parameters
+        usual = self.made.get("rope_parameters")
+        given = given or (usual if isinstance(usual, Mapping) else {})
         if any(isinstance(value, Mapping) for value in given.values()):
             return given
         theta = self.get("rope_theta", "rotary_emb_base")
@@ -414,7 +409,7 @@ class _Reader:
             for label, kind in given.items()
             if isinstance(kind, Mapping) and label not in WINDOWED
         ]
-        usual = self.get("partial_rotary_factor", "rotary_pct") or self.family.partial_rotary_factor
+        usual = self.get("partial_rotary_factor", "rotary_pct") or 1.0
         part = (kinds[0] if kinds else given).get("partial_rotary_factor") or usual
         self.positive("partial_rotary_factor", part)
         return int(head_dim * part) if isinstance(part, int | float) else head_dim
@@ -505,6 +500,37 @@ def _split(names: Iterable[str]) -> bool:
 
 def _text(value: Any, *, drop: str = "") -> str | None:
     return str(value).removeprefix(drop) if value else None
+
+
+class _Attributes(Mapping[str, Any]):
+    """The attributes of a config."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return getattr(self._config, name, default)
+        except Exception:  # a property of it stumbles over the values
+            return default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self._config))
+
+    def __len__(self) -> int:
+        return len(vars(self._config))
+
+
+def _text_attribute(config: Any) -> Any:
+    for name in TEXT_CONFIGS:
+        if getattr(config, name, None) is not None:
+            return _text_attribute(getattr(config, name))
+    # Where layers differ in it, as in Gemma 4, what holds for most: the others are asked apart.
+    config.allow_global_per_layer_attribute_access = True
+    return config
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

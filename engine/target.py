@@ -44,6 +44,10 @@ class Target:
     """Dense 10^12 operations per second, by dtype: float32, float16, bfloat16, int8."""
     capability: str | None = None
     """CUDA compute capability, such as '8.9'."""
+    launch_us: float | None = None
+    """Microseconds in which its computer starts an operator of transformers."""
+    efficiency: dict[str, float] = field(default_factory=dict)
+    """Share of the specification that is reached: of `bandwidth`, of `tflops`, or of one dtype."""
     source: str = ""
     """Where the figures are from."""
     checked: str = ""
@@ -110,7 +114,7 @@ def _problems(target: Target) -> Iterator[Problem]:
             f"target.kind is '{target.kind}'",
             choices_hint(target.kind, KINDS, prefix="target.kind="),
         )
-    for name in ("label_gb", "usable_gib", "bandwidth_gbs"):
+    for name in ("label_gb", "usable_gib", "bandwidth_gbs", "launch_us"):
         value = getattr(target, name)
         if value is not None and not value > 0:
             yield problem(f"target.{name} must be above 0, not {value}", f"target.{name}=16")
@@ -118,6 +122,12 @@ def _problems(target: Target) -> Iterator[Problem]:
         if not value > 0:
             yield problem(
                 f"target.tflops.{dtype} must be above 0, not {value}", f"target.tflops.{dtype}=100"
+            )
+    for name, share in target.efficiency.items():
+        if not 0 < share <= 1:
+            yield problem(
+                f"target.efficiency.{name} must be above 0 and at most 1, not {share}",
+                f"target.efficiency.{name}=0.7",
             )
     if target.capability is not None and not re.fullmatch(r"\d+\.\d+", target.capability):
         yield problem(

@@ -34,6 +34,7 @@ import pytest
 
 import engine
 from engine.calls import HOOKS, PROVIDERS, Chosen
+from engine.contexts import DURING
 from engine.hooks import Hooks
 from engine.hookspecs import SLOTS
 from engine.registry import STATE, Choice, installed
@@ -221,11 +222,16 @@ class PluginContract:
                 _demand(problem.slot == self.slot, f"its slot is not {self.slot}: {problem!r}")
                 _demand(bool(problem.hint), f"it says nothing about what to type: {problem!r}")
 
-    def test_estimate_gives_bytes_and_seconds(self, tmp_path: Path) -> None:
+    def test_estimate_gives_memory_and_work(self, tmp_path: Path) -> None:
         """Terms are for one workload, named, and never less than nothing."""
-        for term in self._verdict(tmp_path).terms:
+        pricer = self._verdict(tmp_path).pricer
+        assert pricer is not None
+        passes = (pricer.prompt(2, *pricer.lengths), pricer.token(2, *pricer.lengths))
+        for term in (term for each in passes for term in each.terms):
             _demand(bool(term.name), f"a term without a name: {term}")
-            _demand(term.bytes >= 0 <= term.seconds, f"less than nothing: {term}")
+            least = min(term.bytes, term.launches, term.moved, term.flops, term.seconds)
+            _demand(least >= 0, f"less than nothing: {term}")
+            _demand(term.during in DURING, f"held during none of {DURING}: {term}")
 
     # -- what it does -------------------------------------------------------------------------
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from engine.calls import Chosen
-from engine.contexts import CheckContext, EstimateContext, ReshapeContext, Term
+from engine.contexts import CheckContext, ReshapeContext
 from engine.errors import CheckpointError, DoesNotFit, EngineError, Problem, RecipeError
 from engine.hooks import Hooks
 from engine.loading import checkpoint
 from engine.loading.checkpoint import TensorInfo
+from engine.planning.passes import Pricer
+from engine.planning.speed import rates
 from engine.recipe import Recipe, slots
 from engine.rules import Rule
 from engine.shape import ModelShape, read_shape
@@ -29,8 +30,8 @@ class Verdict:
     shape: ModelShape | None
     """As the choices will leave it; None when the model is not on this machine yet."""
     problems: list[Problem]
-    terms: list[Term] = field(default_factory=list)
-    """Memory by name, as far as it can be told."""
+    pricer: Pricer | None = None
+    """What prices passes of it; None where the model's sizes are not known."""
     error: type[EngineError] = RecipeError
     """What `raise_for_problems` raises."""
     notes: list[str] = field(default_factory=list)
@@ -74,25 +75,31 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     problems = [*_own(context), *_unmet(hooks, traits, context)]
     try:
         problems += hooks.check(context)
-    except CheckpointError as refusal:  # whether the weights are needed, and fit, `load` knows
-        broken = [*broken, *refusal.problems]
+    except CheckpointError as error:  # whether the weights are needed, and fit, `load` knows
+        broken = [*broken, *error.problems]
+    pricer = None
+    if reshaped is not None:
+        pricer = Pricer(recipe, hooks, reshaped, target, rates(target))
     if problems or broken:
-        error = RecipeError if problems else CheckpointError
-        return Verdict(recipe, hooks, target, reshaped, [*problems, *broken], error=error)
-    terms = _terms(hooks, context)
+        kind = RecipeError if problems else CheckpointError
+        return Verdict(recipe, hooks, target, reshaped, [*problems, *broken], pricer, kind)
     # How much of a model that is spread lies on which device, accelerate decides when it loads.
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
-    excess = [] if spread else _excess(terms, target)
+    excess = [] if spread or pricer is None else pricer.refusal()
     notes = [*_notes(hooks, traits), *_end_of_context(context)]
-    return Verdict(recipe, hooks, target, reshaped, excess, terms, DoesNotFit, notes)
+    return Verdict(recipe, hooks, target, reshaped, excess, pricer, DoesNotFit, notes)
 
 
 def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
-    """Return the shape of the checkpoint, None when it is not here or broken, and what is wrong."""
+    """Return the shape of the checkpoint, None when it is not known or broken, and what is wrong.
+
+    Where config.json is not on this machine, the recipe's own `model.config` tells.
+    """
     try:
         folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=False)
         if folder is None:
-            return None, []
+            stated = recipe.model.config
+            return (read_shape(stated) if stated else None), []
         config = checkpoint.read_config(folder)
         return read_shape(config, _tensors(folder)), []
     except CheckpointError as error:
@@ -172,6 +179,12 @@ def _own(context: CheckContext) -> Iterable[Problem]:
             hint="decode=generate, or add the option to the plugin",
             code="plugin-contract", slot="decode",
         )  # fmt: skip
+    for name in ("batch", "prompt_tokens"):
+        if getattr(recipe.workload, name) < 1:
+            yield Problem(
+                message=f"workload.{name}={getattr(recipe.workload, name)} must be 1 or more",
+                hint=f"workload.{name}=1", code="value", where="workload",
+            )  # fmt: skip
     if recipe.model.dtype.value == "bfloat16" and "target.bfloat16" not in target.traits:
         yield Problem(
             message=f"{target.name} does not compute in bfloat16", hint="model.dtype=float16",
@@ -188,38 +201,3 @@ def _own(context: CheckContext) -> Iterable[Problem]:
             hint="read that code, then model.trust_remote_code=true model.revision=COMMIT",
             code="remote-code",
         )  # fmt: skip
-
-
-def _terms(hooks: Hooks, context: CheckContext) -> list[Term]:
-    if context.reshaped is None:
-        return []
-    new: Any = context.recipe.decode
-    tokens, limit = new.max_new_tokens, context.reshaped.max_positions
-    if limit is not None:
-        tokens = min(tokens, limit)  # where the context ends, so does the answer
-    return hooks.estimate(
-        EstimateContext(
-            recipe=context.recipe,
-            shape=context.reshaped,
-            target=context.target,
-            batch=1,
-            tokens=tokens,
-        )
-    )
-
-
-def _excess(terms: list[Term], target: Target) -> list[Problem]:
-    """Refuse when what can be told exceeds the target already."""
-    needed = sum(term.bytes for term in terms)
-    if target.usable_gib is None or needed <= target.usable_gib * 2**30:
-        return []
-    parts = " + ".join(f"{term.name} {term.bytes / 2**30:.2f}" for term in terms if term.bytes)
-    return [
-        Problem(
-            message=f"it needs at least {needed / 2**30:.2f} GiB ({parts}); {target.name} has "
-            f"{target.usable_gib:.2f} GiB usable",
-            hint="quantize=bitsandbytes (about a quarter of 16-bit weights), a smaller model, or "
-            "a target with more memory: engine list target",
-            code="does-not-fit",
-        )
-    ]

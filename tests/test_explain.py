@@ -20,6 +20,7 @@ from engine import explaining, registry
 from engine.rules import Rule
 from engine.verdict import check
 from tests.conftest import Run
+from tests.plugins.helpers import priced
 
 ModelFolder = Callable[[str], Path]
 COMMAND = Path(sys.executable).with_name("engine")
@@ -55,13 +56,15 @@ def test_costs_are_the_difference_of_two_plans() -> None:
     parts = _explained("tiny", *words)
 
     def plan(*given: str) -> dict[str, int]:
-        return {term.name: term.bytes for term in check(engine.compose("tiny", given)).terms}
+        return priced(check(engine.compose("tiny", given)))
 
     whole = plan(*words)["KV cache"]
     assert parts["heads"].against_base is not None
     assert parts["heads"].against_base["KV cache"] == whole - plan(*words[1:])["KV cache"]
-    assert parts["cache"].against_base == {"KV cache": whole - plan(words[0])["KV cache"]}
-    assert parts["cache"].own == {"KV cache": whole}
+    assert parts["cache"].against_base is not None
+    assert parts["cache"].against_base["KV cache"] == whole - plan(words[0])["KV cache"]
+    assert parts["cache"].own is not None
+    assert parts["cache"].own["KV cache"] == whole
     assert parts["attention"].against_base == {}
     assert parts["heads"].against_base["KV cache"] < 0 < parts["cache"].against_base["KV cache"]
 

@@ -56,7 +56,7 @@ class Weight:
         return self.shape[0 if self.kind == "Conv1D" else 1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blueprint:
     """A model without its values."""
 
@@ -105,12 +105,19 @@ STATED = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 """What the classes of a model say of its weights."""
 
 
+def configure(config: Mapping[str, Any]) -> Any:
+    """Make the config as transformers does, defaults and what follows from them filled in.
+
+    Whatever its code raises comes out.
+    """
+    given = copy.deepcopy(dict(config))
+    return sources.config_class(str(given.pop("model_type", "")))(**given)
+
+
 def make(config: Mapping[str, Any]) -> Any:
     """Make the model of stand-ins; whatever its code raises comes out."""
-    given = copy.deepcopy(dict(config))
-    model_type = str(given.pop("model_type", ""))
-    made = sources.config_class(model_type)(**given)
-    kind = sources.model_class(model_type)
+    made = configure(config)
+    kind = sources.model_class(str(config.get("model_type", "")))
     # As AutoModelForCausalLM does with models of several parts: some classes want the text's.
     text = made.sub_configs.get("text_config")
     if text is not None and kind.config_class is text:

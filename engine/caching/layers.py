@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from engine.contexts import Receipt
+from engine.contexts import Receipt, Term
 from engine.errors import Problem
 from engine.shape import WINDOWED
 
@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PretrainedConfig
 
-    from engine.contexts import CheckContext
+    from engine.contexts import CheckContext, EstimateContext
     from engine.session import Session
     from engine.shape import ModelShape
+
+UNPACKING = 24
+"""Operators that pack and unpack the keys and values of a layer."""
 
 FULL = "full_attention"
 """The type of a layer that keeps the keys and values of every token, and nothing else."""
@@ -168,6 +171,26 @@ def layers_kept(
     window -= 0 if newest else 1
     for kind, values in zip(shape.layer_types, shape.kv_values, strict=True):
         yield kind, values, min(tokens, window) if kind in WINDOWED else tokens
+
+
+def growing(context: EstimateContext, kept: int) -> Iterator[Term]:
+    """Price keys and values that are copied into longer tensors with each token, layer by layer."""
+    layers = [values * tokens for _, values, tokens in layers_kept(context.shape, context.tokens)]
+    size = context.batch * context.value_bytes
+    launches, moved = 2 * sum(map(bool, layers)), 2 * sum(layers) * size
+    yield Term(name="KV cache", bytes=kept, launches=launches, moved=moved)
+    # Of the layer at work, new keys are there before the old ones go.
+    yield Term(name="longer keys", bytes=max(layers, default=0) * size // 2, during="attention")
+
+
+def unpacking(context: EstimateContext, kept: int) -> Iterator[Term]:
+    """Price keys and values that are made plain again, all of a layer's, in each pass."""
+    layers = [values * tokens for _, values, tokens in layers_kept(context.shape, context.tokens)]
+    plain = context.batch * context.value_bytes * sum(layers)
+    packed = sum(map(bool, layers))
+    yield Term(name="KV cache", bytes=kept, launches=UNPACKING * packed, moved=kept + 3 * plain)
+    largest = max(layers, default=0) * context.batch * (context.value_bytes + 4)
+    yield Term(name="unpacked keys and values", bytes=largest, during="attention")
 
 
 def measure(cache: Cache | None) -> dict[str, str | int]:

@@ -39,7 +39,7 @@ def check(arguments: common.Arguments = None, json: common.Json = False) -> None
                 "choices": verdict.recipe.choices,
                 "target": verdict.target.name,
                 "notes": verdict.notes,
-                "terms": {term.name: term.bytes for term in verdict.terms},
+                "terms": dict(verdict.pricer.peak().bytes) if verdict.pricer else {},
                 "shape_known": verdict.shape is not None,
             }
         )
@@ -68,7 +68,9 @@ def _print(verdict: Verdict) -> None:
         f"  {shape.model_type}: {shape.layers} layers, hidden {shape.hidden_size}, "
         f"{shape.heads} heads on {shape.kv_heads}, vocabulary {shape.vocab_size:,}"
     )
-    for term in verdict.terms:
-        print(f"  {term.name}: {term.bytes:,} bytes")
-    if target.usable_gib is not None:
-        print(f"  usable on {target.name}: {target.usable_gib:.1f} GiB")
+    if verdict.pricer is not None:
+        peak = verdict.pricer.peak()
+        for name, size in peak.bytes.items():
+            print(f"  {name}: {size:,} bytes")
+        usable = "" if target.usable_gib is None else f" of {target.usable_gib:.1f} GiB usable"
+        print(f"  at its peak {peak.peak_bytes / 2**30:.2f} GiB{usable}")

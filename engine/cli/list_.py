@@ -1,4 +1,4 @@
-"""`engine list`: recipes, choices for each slot, targets, and where each comes from."""
+"""`engine list`: recipes, choices for each slot, targets, models, and where each comes from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Row:
     group: str
     name: str
     kind: str
-    """'plugin', 'preset', 'recipe' or 'target'."""
+    """'plugin', 'preset', 'recipe', 'target' or 'model'."""
     origin: str
     """Distribution and version, or the YAML file."""
     about: str = ""
@@ -37,14 +37,14 @@ class Row:
 
 def list_(
     what: Annotated[
-        str | None, typer.Argument(help="recipes, target, or a slot; all without it.")
+        str | None, typer.Argument(help="recipes, target, model, or a slot; all without it.")
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Import every plugin, and show what is broken.")
     ] = False,
     json: common.Json = False,
 ) -> None:
-    """List recipes, the choices for each slot, and targets: where each comes from, what it does.
+    """List recipes, choices for each slot, targets and models: where each is from, what it does.
 
     With a slot, also the options of its choices. Nothing is imported without --verify.
 
@@ -54,7 +54,7 @@ def list_(
 
     engine list --verify
     """
-    groups = ("recipes", *SLOTS, "target")
+    groups = ("recipes", *SLOTS, "target", "model")
     if what is not None and what not in groups:
         raise RecipeError(f"there is no list of {what}", hint=choices_hint(what, groups))
     rows = [row for group in groups if what in (None, group) for row in _rows(group, verify)]
@@ -79,7 +79,7 @@ def _rows(group: str, verify: bool) -> Iterator[Row]:
         for file in yaml_files(folder if group == "recipes" else folder / group):
             if file.stem not in seen:
                 seen.add(file.stem)
-                kind = {"recipes": "recipe", "target": "target"}.get(group, "preset")
+                kind = "preset" if group in SLOTS else group.removesuffix("s")
                 yield Row(group, file.stem, kind, str(file), _first_comment(file))
 
 

@@ -14,7 +14,7 @@ from engine.cli import streams
 from engine.errors import PluginError, RecipeError
 from engine.hookspecs import SLOTS
 
-KEYS = ("model", "target", "seed", *SLOTS)
+KEYS = ("model", "target", "workload", "seed", *SLOTS)
 
 
 class Verb(typer.core.TyperCommand):

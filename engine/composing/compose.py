@@ -65,7 +65,7 @@ class Composing:
         part = chosen.shelf.parts.get(self._name)
         self._empty = part is not None and not part.lines
         config = OmegaConf.structured(self._library.schema)
-        for default in chosen.configs:
+        for default in self._in_order(chosen.configs):
             self._merge(config, default, chosen)
         _close(config)
         for override in chosen.overrides:
@@ -77,6 +77,16 @@ class Composing:
         return Composed(values, chosen.choices, OmegaConf.to_yaml(config, resolve=True))
 
     # The merge: values of files, then overrides.
+
+    def _in_order(self, configs: list[ResultDefault]) -> list[ResultDefault]:
+        """Put a model that was chosen behind the recipe's name last: it wins over the recipe's."""
+        asked = any(override.key_or_group == "model" for override in self._overrides)
+        late = [
+            each
+            for each in configs
+            if asked and config_name(each.config_path or "").startswith("model/")
+        ]
+        return [each for each in configs if each not in late] + late
 
     def _merge(self, config: DictConfig, default: ResultDefault, chosen: Chosen) -> None:
         """Merge one config of the defaults list; value by value if it does not go in one."""
@@ -153,13 +163,15 @@ class Composing:
         if (
             self._mistakes.whole
             and not named
+            and "model" not in self._mistakes.lost
             and not self._mistakes.bad & {("model",), ("model", "path")}
         ):
             self._mistakes.bad.add(("model", "path"))
             empty = "the recipe is empty: " if self._empty else ""
             self._mistakes.add(
                 f"{empty}no model is named",
-                hint="model.path=FOLDER_OR_HUB_ID, or recipes://embedded",
+                hint="model.path=FOLDER_OR_HUB_ID, or recipes://embedded, or a model that is known "
+                "here (engine list model): model=octocoder",
                 code="model-missing",
                 where=self._mistakes.where(("model",)) or self._mistakes.file,
             )

@@ -140,7 +140,7 @@ class _Defaults:
                 where,
             )
         elif group and not is_group_name(group):
-            self._note(f"{show(group)} is no slot", choices_hint(group, GROUPS[:-1]), where)
+            self._note(f"{show(group)} is no slot", choices_hint(group, GROUPS), where)
         else:
             return Entry(
                 self._config, index, group, choice, "optional" in words, "override" in words, where

@@ -10,11 +10,12 @@ from typing import Any
 from omegaconf import AnyNode, Container, DictConfig, EnumNode, ListConfig, Node, OmegaConf
 from omegaconf._utils import type_str
 
+from engine.composing.defaults import GROUPS
 from engine.composing.source import Keys, as_typed, printable, show
 from engine.errors import EngineError, PluginError, Problem, RecipeError, choices_hint, nearest
 from engine.hookspecs import SLOTS
 
-CHOICES = (*SLOTS, "target")
+CHOICES = GROUPS
 _EXAMPLES = {int: "1", float: "0.5", bool: "true", str: "text"}
 
 

@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 
+from engine.composing.defaults import GROUPS
 from engine.composing.source import (
     MAX_DEPTH,
     Keys,
@@ -34,7 +35,6 @@ FLAGS = {
 }
 """Words that people take for keys of a recipe, and what to type instead."""
 
-_CHOOSABLE = (*SLOTS, "target")
 _KEY = re.compile(r"[+~]*(?P<key>\w+(\.\w+)*)=(?P<value>.*)", re.DOTALL)
 _PROMPT = "a prompt is given with -p TEXT or -p @FILE"
 _parsing = Lock()  # antlr shares its tables between parsers
@@ -175,13 +175,15 @@ def _refuse_key(override: Override, key: str) -> Refusal | None:
 
 
 def _refuse_choice(override: Override, key: str, value: Any) -> Refusal | None:
-    if key not in _CHOOSABLE or isinstance(value, dict) or override.is_delete():
+    if key not in GROUPS or isinstance(value, dict) or override.is_delete():
         return None
     if override.is_force_add():
         return "a choice is not added by force", f"{key}={value}"
     if isinstance(value, list):
         return f"{key} takes one choice", f"{key}={next(words(value), '…')}"
     if isinstance(value, str) and {"/", "\\"} & set(value):
+        if key == "model":
+            return "a model's folder or hub id is its path", f"model.path={value}"
         return "leaves the folders of recipes", f"a choice is a word: engine list {key}"
     return None
 
@@ -189,7 +191,7 @@ def _refuse_choice(override: Override, key: str, value: Any) -> Refusal | None:
 def _worded(override: Override) -> Override:
     """Return an override with its choice as a word; `null` leaves an optional slot out."""
     value = override.value()
-    if override.key_or_group not in _CHOOSABLE or isinstance(value, dict | str):
+    if override.key_or_group not in GROUPS or isinstance(value, dict | str):
         return override
     if value is None and override.key_or_group in OPTIONAL_SLOTS:
         override.type = OverrideType.DEL

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from engine.contexts import EstimateContext, Term
 from engine.quantizing.packing import matches
@@ -16,19 +17,37 @@ if TYPE_CHECKING:
 RELICS = re.compile(r"\.attn(\.attention)?\.bias$|\.masked_bias$|rotary_emb\.inv_freq$")
 """Buffers in old checkpoints that models compute by themselves."""
 
-Packed = Callable[[int, int, int], tuple[int, int]]
-"""(rows, columns, bytes of a plain value) → bytes of the codes, and of all scales beside them."""
+ROUTED = 8
+"""Operators that multiply by the experts of a layer, which are one tensor together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How a library keeps a layer's weights, and multiplies by them."""
+
+    bytes: Callable[[int, int, int], tuple[int, int]]
+    """(rows, columns, bytes of a plain value) → bytes of the codes, and of all scales beside."""
+    launches: float = 1.0
+    """Operators of a product."""
+    unpacked: float = 0.0
+    """Bytes per weight that are written and read again where a product needs plain weights."""
+    flops: float = 0.0
+    """float32 operations per weight to unpack it."""
+    rate: str = ""
+    """Number format of the products; '' for the model's."""
+    workspace: Callable[[int, int, int], int] = lambda tokens, rows, columns: 0
+    """(tokens, rows, columns) → bytes that a product holds for itself."""
 
 
 def terms(
     context: EstimateContext,
-    pack: Packed,
+    packing: Packing,
     *,
     kinds: Collection[str],
     skip: Sequence[str],
     bias_bytes: int | None = None,
 ) -> Iterator[Term]:
-    """Price every weight where they are known: packed ones, their scales, and those left plain.
+    """Price all weights and their products: of packed layers, of scales, of what is left plain.
 
     Args:
         bias_bytes: what a number in a bias of a packed layer takes, where a library casts it.
@@ -36,20 +55,43 @@ def terms(
     if context.shape.quantization or not context.shape.weights:
         yield from plain(context)
         return
-    packed = set(to_pack(context.shape, kinds=kinds, skip=skip))
-    codes, scales, left = 0, 0, 0
+    packed = to_pack(context.shape, kinds=kinds, skip=skip)
+    codes, scales, left, space = 0, 0, 0, 0
+    others: list[Weight] = []
     for weight in context.shape.weights:
         size = value_bytes(context, weight)
         if weight.module in packed and weight.matrix:
-            code, beside = pack(weight.rows, weight.columns, size)
+            code, beside = packing.bytes(weight.rows, weight.columns, size)
             codes, scales = codes + code, scales + beside
+            space = max(space, packing.workspace(context.rows, weight.rows, weight.columns))
         elif weight.module in packed and bias_bytes:
             left += weight.numbers * bias_bytes
         else:
             left += weight.numbers * size
+            others.append(weight)
+    numbers = sum(weight.numbers for weight in packed.values())
     yield Term(name="weights", bytes=left)
-    yield Term(name="packed weights", bytes=codes)
+    yield Term(
+        name="packed weights",
+        bytes=codes,
+        launches=packing.launches * len(packed),
+        moved=codes + scales,
+    )
     yield Term(name="scales", bytes=scales)
+    yield Term(
+        name="products by weights",
+        flops=2 * context.rows * numbers,
+        rate=packing.rate or context.dtype or "float32",
+    )
+    yield Term(
+        name="unpacked weights",
+        bytes=space,
+        during="pass",
+        moved=packing.unpacked * numbers,
+        flops=packing.flops * numbers,
+        rate="float32",
+    )
+    yield from products(context, others)
 
 
 def plain(context: EstimateContext) -> Iterator[Term]:
@@ -62,6 +104,37 @@ def plain(context: EstimateContext) -> Iterator[Term]:
         size = sum(weight.numbers * value_bytes(context, weight) for weight in shape.weights)
     if size:
         yield Term(name="weights", bytes=size)
+        yield from products(context, shape.weights)
+
+
+def products(context: EstimateContext, weights: Iterable[Weight]) -> Iterator[Term]:
+    """Price reading plain weights, and the products by them; of experts, those that are visited.
+
+    The output layer's is not among them, whose weight may be the embedding's too. Reading and
+    multiplying are two terms: published rows of few tokens are as slow as both together.
+    """
+    launches, moved, flops = 0.0, 0.0, 0.0
+    visited = experts_visited(context.shape.config)
+    for weight in weights:
+        if weight.matrix and not weight.head:
+            launches += 1
+            moved += weight.numbers * context.value_bytes
+            flops += 2 * context.rows * weight.numbers
+        elif len(weight.shape) == 3 and "experts" in weight.name:
+            share = min(visited / weight.shape[0], 1.0)
+            launches += ROUTED
+            moved += (1 - (1 - share) ** context.rows) * weight.numbers * context.value_bytes
+            flops += 2 * context.rows * share * weight.numbers
+    yield Term(name="weights", launches=launches, moved=moved)
+    yield Term(name="products by weights", flops=flops, rate=context.dtype or "float32")
+
+
+def experts_visited(config: Mapping[str, Any]) -> int:
+    """Return how many experts a token visits; 1 where that is not said."""
+    named = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    found = (part[name] for part in parts for name in named if isinstance(part.get(name), int))
+    return next(found, 1)
 
 
 def to_pack(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
+from engine.attending import costs
 from engine.attending.masks import block_of, by_blocks, seen
 from engine.attending.scores import mixed, scoring
 from engine.contexts import (
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
     from engine.contexts import Scores
     from engine.session import Session
+
+
+OPERATORS = 16
+"""Of a block."""
 
 
 @dataclass
@@ -56,10 +62,18 @@ class Chunked:
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Price the scores of one block and their exponentials, in float32."""
-        block = min(self.query_block, context.tokens) * min(self.key_block, context.tokens)
-        size = context.batch * context.shape.heads * block * 4
-        yield Term(name="a block of scores", bytes=2 * size)
+        """Price the scores of one block, their exponentials and these in the model's format."""
+        rows, columns = min(self.query_block, context.new), min(self.key_block, context.met)
+        scores = context.batch * context.shape.heads * rows * columns
+        blocks = ceil(context.new / rows) * ceil(context.met / columns)
+        yield Term(
+            name="a block of scores",
+            bytes=3 * scores * 4,
+            during="attention",
+            launches=OPERATORS * blocks * context.shape.layers,
+            moved=costs.SCORE_PASSES * scores * 4 * blocks * context.shape.layers,
+        )
+        yield from costs.fused(context)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

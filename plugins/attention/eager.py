@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
+from engine.attending import costs
 from engine.attending.scores import eager
-from engine.contexts import Attention, AttentionContext, CheckContext, Receipt
+from engine.contexts import (
+    Attention,
+    AttentionContext,
+    CheckContext,
+    EstimateContext,
+    Receipt,
+    Term,
+)
 from engine.errors import Problem
 from engine.rules import Rule
 
@@ -42,6 +50,11 @@ class Eager:
         shape = context.shape
         if shape is not None and shape.model_type == "falcon" and "model.alibi" in shape.traits:
             yield FALCON.problem("attention", "attention=eager is wrong for Falcon with ALiBi")
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price every score, in memory."""
+        yield from costs.written_out(context)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

@@ -9,7 +9,15 @@ from importlib.metadata import distributions
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.contexts import Attention, AttentionContext, CheckContext, Receipt
+from engine.attending import costs
+from engine.contexts import (
+    Attention,
+    AttentionContext,
+    CheckContext,
+    EstimateContext,
+    Receipt,
+    Term,
+)
 from engine.errors import Problem
 from engine.rules import Rule
 from engine.target import detect
@@ -114,6 +122,11 @@ class Flash:
                 f"version {version} needs the package {packages[0]}, which is not installed",
                 f"pip install {packages[0]} --no-build-isolation, or attention=sdpa",
             )
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price a fused kernel."""
+        yield from costs.fused(context)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

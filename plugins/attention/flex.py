@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
-from engine.contexts import Attention, AttentionContext, Receipt
+from engine.attending import costs
+from engine.contexts import Attention, AttentionContext, EstimateContext, Receipt, Term
 from engine.rules import Rule
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Flex:
             seen="transformers 5.23.0, 2026-11-22",
         ),
     }
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price a fused kernel."""
+        yield from costs.fused(context)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
+from engine.attending import costs
 from engine.attending.scores import eager
-from engine.contexts import Attention, AttentionContext, Receipt
+from engine.contexts import Attention, AttentionContext, EstimateContext, Receipt, Term
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -27,6 +28,16 @@ class NativeAttention:
         "attention.bias",
         "attention.scores",
     )
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price what transformers would choose; positions of other kinds have every score."""
+        positions = getattr(context.recipe.position_encoding, "provides", ())
+        special = {"position.bias", "position.scores"} & set(positions)
+        if special or "model.sdpa" not in context.shape.traits:
+            yield from costs.written_out(context)
+        else:
+            yield from costs.fused(context)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

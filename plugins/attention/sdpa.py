@@ -10,7 +10,16 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
-from engine.contexts import Attention, AttentionContext, CheckContext, PrepareContext, Receipt
+from engine.attending import costs
+from engine.contexts import (
+    Attention,
+    AttentionContext,
+    CheckContext,
+    EstimateContext,
+    PrepareContext,
+    Receipt,
+    Term,
+)
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
 
@@ -127,6 +136,12 @@ class Sdpa:
             yield "sdpa-kernel-head-dim", f"heads of {shape.head_dim} numbers; {LARGEST_HEAD} fit"
         if self.kernel is Kernel.efficient and shape.kv_heads < shape.heads:
             yield "sdpa-kernel-gqa", "it shares no key/value heads among query heads"
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price a fused kernel, or the fallback."""
+        written_out = self.kernel is Kernel.math
+        yield from costs.written_out(context) if written_out else costs.fused(context)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

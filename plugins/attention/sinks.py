@@ -7,8 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.attending import windows
-from engine.contexts import Attention, AttentionContext, CheckContext, Receipt
+from engine.attending import costs, windows
+from engine.contexts import (
+    Attention,
+    AttentionContext,
+    CheckContext,
+    EstimateContext,
+    Receipt,
+    Term,
+)
 from engine.errors import Problem
 from engine.rules import Rule
 
@@ -53,6 +60,12 @@ class Sinks:
             )
         else:
             yield from windows.refuse(context, self.window, self.sinks, "window")
+
+    @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price a kernel under a mask of all queries and keys: what it hides is computed too."""
+        yield from costs.fused(context)
+        yield Term(name="mask", bytes=context.rows * context.met, during="pass", launches=10)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching.layers import layers_kept
+from engine.caching.layers import growing, layers_kept
 from engine.contexts import CacheContext, EstimateContext, KeyValues, Receipt, Term
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Dynamic:
         """Price keys and values of all tokens, in the model's number format."""
         layers = layers_kept(context.shape, context.tokens)
         kept = context.batch * sum(values * tokens for _, values, tokens in layers)
-        yield Term(name="KV cache", bytes=kept * context.value_bytes)
+        yield from growing(context, kept * context.value_bytes)
 
     @hookimpl
     def cache(self, context: CacheContext) -> KeyValues:

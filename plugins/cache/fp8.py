@@ -14,6 +14,7 @@ from engine.caching.layers import (
     layers_kept,
     prove_packed,
     refuse_without_full,
+    unpacking,
 )
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
@@ -115,7 +116,7 @@ class Float8:
             * (values + SCALES * SCALE_BYTES if kind == FULL else values * context.value_bytes)
             for kind, values, tokens in layers_kept(context.shape, context.tokens)
         )
-        yield Term(name="KV cache", bytes=context.batch * kept)
+        yield from unpacking(context, context.batch * kept)
 
     @hookimpl
     def cache(self, context: CacheContext) -> KeyValues:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from engine.session import Session
 
 
+BUS = 20e9
+"""Bytes per second between main memory and a GPU: four fifths of PCIe 4.0 with 16 lanes."""
+
+
 @dataclass
 class Offloaded:
     """Keep keys and values in the computer's memory, and only two layers' on the GPU.
@@ -46,7 +50,10 @@ class Offloaded:
         sizes = [size for size in sizes if size]
         most = max((a + b for a, b in pairwise([*sizes, *sizes[:1]])), default=0)
         held = min(most, sum(sizes)) * context.batch * context.value_bytes
-        yield Term(name="KV cache, two layers of it", bytes=held)
+        # Each layer comes over the bus for each pass.
+        bus = sum(sizes) * context.batch * context.value_bytes / BUS
+        yield Term(name="KV cache, two layers of it", bytes=held, launches=2 * len(sizes))
+        yield Term(name="the bus", seconds=bus)
 
     @hookimpl
     def cache(self, context: CacheContext) -> KeyValues:

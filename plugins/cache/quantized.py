@@ -16,6 +16,7 @@ from engine.caching.layers import (
     layers_kept,
     prove_packed,
     refuse_without_full,
+    unpacking,
 )
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
@@ -204,7 +205,7 @@ class Quantized:
             kept += blocks * (
                 group * values * self.bits // 8 + 2 * size * (values - channels + group * groups)
             )
-        yield Term(name="KV cache", bytes=context.batch * kept)
+        yield from unpacking(context, context.batch * kept)
 
     @hookimpl
     def cache(self, context: CacheContext) -> KeyValues:

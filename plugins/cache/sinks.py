@@ -17,7 +17,7 @@ from engine.caching.evicting import (
     refuse,
     watch,
 )
-from engine.caching.layers import cache_of
+from engine.caching.layers import cache_of, growing
 from engine.contexts import (
     CacheContext,
     CheckContext,
@@ -76,7 +76,7 @@ class Sinks:
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price sinks and window; between two steps it lacks the newest token."""
         layer = EvictingLayer(self.window, self.sinks)
-        yield Term(name="KV cache", bytes=evicted_bytes(context, layer))
+        yield from growing(context, evicted_bytes(context, layer))
 
     @hookimpl
     def prepare(self, context: PrepareContext) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
 from engine.caching.evicting import EXCLUDES, EvictingLayer, evicted_bytes, prove, refuse, watch
-from engine.caching.layers import cache_of
+from engine.caching.layers import cache_of, growing
 from engine.contexts import (
     CacheContext,
     CheckContext,
@@ -50,7 +50,7 @@ class Sliding:
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price the window; between two steps it lacks the newest token."""
-        yield Term(name="KV cache", bytes=evicted_bytes(context, EvictingLayer(self.window)))
+        yield from growing(context, evicted_bytes(context, EvictingLayer(self.window)))
 
     @hookimpl
     def prepare(self, context: PrepareContext) -> PreTrainedModel:

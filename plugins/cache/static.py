@@ -65,10 +65,18 @@ class Static:
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price keys and values of the full length, in the model's number format."""
-        tokens = self.max_tokens or context.tokens
+        tokens = min(self.max_tokens or context.capacity, context.capacity)
         layers = layers_kept(context.shape, tokens, newest=True)
         kept = context.batch * sum(values * length for _, values, length in layers)
-        yield Term(name="KV cache", bytes=kept * context.value_bytes)
+        written = context.rows * sum(context.shape.kv_values)
+        yield Term(
+            name="KV cache",
+            bytes=kept * context.value_bytes,
+            launches=2 * context.shape.layers,
+            moved=2 * written * context.value_bytes,
+        )
+        if context.new < context.tokens:
+            yield Term(name="mask", bytes=context.rows * tokens, during="pass", launches=8)
 
     @hookimpl
     def cache(self, context: CacheContext) -> KeyValues:

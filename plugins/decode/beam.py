@@ -13,11 +13,9 @@ from engine.contexts import (
     CheckContext,
     DecodeContext,
     Decoder,
-    EstimateContext,
     Generation,
     Receipt,
     Step,
-    Term,
 )
 from engine.decoding.loop import StepDecoder, Tally, generate, rehearsal
 from engine.decoding.sampling import Limits
@@ -59,14 +57,6 @@ class Beam(Limits):
             yield self.out_of_range("num_beams", "must be from 2 to 64", 4)
         if not -10 <= self.length_penalty <= 10:
             yield self.out_of_range("length_penalty", "must be from -10 to 10", 1.0)
-
-    @hookimpl
-    def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Price the keys and values of the other beams, in the model's number format."""
-        if "cache.none" not in getattr(context.recipe.cache, "provides", ()):
-            kept = context.batch * context.shape.kv_values_kept(context.tokens)
-            others = max(self.num_beams - 1, 0)
-            yield Term(name="KV cache, other beams", bytes=others * kept * context.value_bytes)
 
     @hookimpl
     def decode(self, context: DecodeContext) -> Decoder:

@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 
 LAYERS = ("Linear", "Conv1D")
 
+FUSED_INT4, FUSED_DOUBLE_INT4 = 3.4, 5.4
+UNPACKED_INT4, UNPACKED_DOUBLE_INT4 = 7.5, 10.0
+INT8, SPLIT_INT8, SPLIT_INT8_OF_MORE = 8.2, 18.5, 20.0
+"""Operators of a product: in 4 bits of one token, and of more (scales quantized or not); in 8 bits
+without looking for outliers, and with it (of one token, and of more). Fitted to the rows that
+bitsandbytes publishes (benchmarking/README.md in its repository, v0.45)."""
+UNPACKING = 130.0
+"""float32 operations in whose time a GPU unpacks a weight; fitted to the same rows."""
+L2_MISSES = 0.8
+"""Share of the unpacked weights that goes to memory and back; fitted to the same rows."""
+
 INT8_LATENTS = Rule(
     code="int8-latent-kv",
     why="without a GPU its 8-bit product takes inputs of 3 dimensions at most; latents have 4",
@@ -64,22 +75,25 @@ class BitsAndBytes:
 
     8: LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, section 3: inputs are rounded too, but
     for columns with an outlier in any token of the pass, so that what goes through the model
-    together rounds together. 4: NormalFloat (`nf4`) or a 4-bit float (`fp4`) in blocks of 64 with a
-    scale each, Dettmers et al. 2023, arXiv 2305.14314 (QLoRA), section 3; `double_quant` also
-    quantizes the scales. `skip_modules` are names, ends of names or patterns of layers to leave
-    alone, besides the head, which always is.
+    together rounds together. Values are outliers from `outlier_threshold` on; at 0 none are looked
+    for, which is faster, and ruins the answers of large models. 4: NormalFloat (`nf4`) or a 4-bit
+    float (`fp4`) in blocks of 64 with a scale each, Dettmers et al. 2023, arXiv 2305.14314 (QLoRA),
+    section 3; `double_quant` also quantizes the scales. `skip_modules` are names, ends of names or
+    patterns of layers to leave alone, besides the head, which always is.
     """
 
     bits: int = 4
     quant_type: QuantType = QuantType.nf4
     double_quant: bool = False
     compute_dtype: ComputeDtype = ComputeDtype.auto
+    outlier_threshold: float = 6.0
     skip_modules: list[str] = field(default_factory=list)
 
     @property
     def provides(self) -> tuple[str, ...]:
         """Say that weights are packed, and whether outliers are those of a whole pass."""
-        return ("weights.packed", "weights.by_pass") if self.bits == 8 else ("weights.packed",)
+        by_pass = self.bits == 8 and self.outlier_threshold > 0
+        return ("weights.packed", "weights.by_pass") if by_pass else ("weights.packed",)
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
@@ -100,17 +114,21 @@ class BitsAndBytes:
         if self.bits not in (4, 8):
             message = f"quantize.bits={self.bits}: bitsandbytes has 4 and 8"
             yield Problem(slot="quantize", code="value", message=message, hint="quantize.bits=4")
-        if self.bits == 8:
-            for name in ("quant_type", "double_quant", "compute_dtype"):
-                value, usual = getattr(self, name), getattr(BitsAndBytes, name)
-                if value != usual:
-                    word = getattr(value, "value", value)
-                    yield Problem(
-                        slot="quantize",
-                        code="does-nothing",
-                        message=f"quantize.{name}={str(word).lower()} does nothing in 8 bits",
-                        hint="quantize.bits=4",
-                    )
+        if not self.outlier_threshold >= 0:
+            message = f"quantize.outlier_threshold={self.outlier_threshold} must be 0 or more"
+            hint = "quantize.outlier_threshold=6"
+            yield Problem(slot="quantize", code="value", message=message, hint=hint)
+        of_4_bits = ("quant_type", "double_quant", "compute_dtype")
+        for name in of_4_bits if self.bits == 8 else ("outlier_threshold",):
+            value, usual = getattr(self, name), getattr(BitsAndBytes, name)
+            if value != usual:
+                word, other = getattr(value, "value", value), 12 - self.bits
+                yield Problem(
+                    slot="quantize",
+                    code="does-nothing",
+                    message=f"quantize.{name}={str(word).lower()} does nothing in {self.bits} bits",
+                    hint=f"quantize.bits={other}",
+                )
 
     def _misfits(self, shape: ModelShape, traits: frozenset[str]) -> Iterator[Problem]:
         """Refuse layers that its kernels for CPUs do not multiply, or not rightly."""
@@ -127,26 +145,47 @@ class BitsAndBytes:
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Price codes and scales, where the checkpoint's tensors are known."""
-
-        def pack(rows: int, columns: int, value_bytes: int) -> tuple[int, int]:
-            numbers = rows * columns
-            if self.bits == 8:
-                return numbers, 4 * rows
-            blocks = ceil(numbers / 64)
-            # Quantized scales have scales of their own, their 256 values, and what is their mean.
-            double = blocks + 4 * (ceil(blocks / 256) + 256 + 1)
-            return ceil(numbers / 2), 4 * 16 + (double if self.double_quant else 4 * blocks)
-
+        """Price codes and scales, and the products, by how its kernels on GPUs do them."""
         asked, compute = self.compute_dtype, context.value_bytes
         if self.bits == 4 and (asked is not ComputeDtype.auto or compute == 4):
             compute = 4 if asked is ComputeDtype.float32 else 2
         yield from pricing.terms(
             context,
-            pack,
+            self._in_8_bits(context) if self.bits == 8 else self._in_4_bits(context, compute),
             kinds=LAYERS,
             skip=self.skip_modules,
             bias_bytes=compute,  # bitsandbytes casts biases when it first uses them
+        )
+
+    def _in_8_bits(self, context: EstimateContext) -> pricing.Packing:
+        launches = SPLIT_INT8 if context.rows == 1 else SPLIT_INT8_OF_MORE
+        return pricing.Packing(
+            bytes=lambda rows, columns, _: (rows * columns, 4 * rows),
+            launches=launches if self.outlier_threshold else INT8,
+            rate="int8",
+            # Inputs as codes, sums in 32 bits, and both parts of what they come to.
+            workspace=lambda tokens, rows, columns: tokens * (columns + (4 + 2 + 2) * rows),
+        )
+
+    def _in_4_bits(self, context: EstimateContext, compute: int) -> pricing.Packing:
+        def size(rows: int, columns: int, _: int) -> tuple[int, int]:
+            blocks = ceil(rows * columns / 64)
+            # Quantized scales have scales of their own, their 256 values, and what is their mean.
+            double = blocks + 4 * (ceil(blocks / 256) + 256 + 1)
+            scales = 4 * 16 + (double if self.double_quant else 4 * blocks)
+            return ceil(rows * columns / 2), scales
+
+        if context.rows == 1 and context.target.kind == "cuda":  # its kernel unpacks as it goes
+            launches = FUSED_DOUBLE_INT4 if self.double_quant else FUSED_INT4
+            return pricing.Packing(bytes=size, launches=launches)
+        plain = context.value_bytes
+        unpacked = plain + (compute if compute != plain else 0)
+        return pricing.Packing(
+            bytes=size,
+            launches=UNPACKED_DOUBLE_INT4 if self.double_quant else UNPACKED_INT4,
+            unpacked=L2_MISSES * 2 * unpacked,
+            flops=UNPACKING,
+            workspace=lambda _, rows, columns: rows * columns * unpacked,
         )
 
     @hookimpl
@@ -163,7 +202,11 @@ class BitsAndBytes:
             context.config, "bitsandbytes", kinds=LAYERS, skip=self.skip_modules
         )
         if self.bits == 8:
-            config = make(load_in_8bit=True, llm_int8_skip_modules=skip)
+            config = make(
+                load_in_8bit=True,
+                llm_int8_threshold=self.outlier_threshold,
+                llm_int8_skip_modules=skip,
+            )
             return Quantization(config=config)
         name = self.compute_dtype.value
         if self.compute_dtype is ComputeDtype.auto:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from engine.session import Session
 
+OPERATORS = 5
+"""Of a product, unpacking included."""
+
 # Falcon's own linear layer computes the plain product, so its replacement does the same.
 LAYERS = ("Linear", "FalconLinear")
 
@@ -84,7 +87,7 @@ class Quanto:
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Price codes and scales, where the checkpoint's tensors are known."""
+        """Price codes and scales, and products by what is unpacked for each."""
 
         def pack(rows: int, columns: int, value_bytes: int) -> tuple[int, int]:
             beside = 8  # two scales for inputs and outputs, which are not used, of each layer
@@ -96,7 +99,14 @@ class Quanto:
             scales = 2 * (columns if groups == 1 else groups) * value_bytes
             return ceil(groups / 2) * group, scales + beside
 
-        yield from pricing.terms(context, pack, kinds=LAYERS, skip=self.skip_modules)
+        size = context.value_bytes
+        kept = pricing.Packing(
+            bytes=pack,
+            launches=OPERATORS,
+            unpacked=2 * size,
+            workspace=lambda _, rows, columns: rows * columns * size,
+        )
+        yield from pricing.terms(context, kept, kinds=LAYERS, skip=self.skip_modules)
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:

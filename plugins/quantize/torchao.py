@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 LAYERS = ("Linear",)
 
+OPERATORS = 12
+"""Of a product, those of its tensor class included."""
+
 
 class Kind(Enum):
     """What weights are multiplied by what."""
@@ -68,13 +71,23 @@ class TorchAo:
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
-        """Price codes and scales, where the checkpoint's tensors are known."""
+        """Price codes and scales, and products by what is unpacked for each."""
 
         def pack(rows: int, columns: int, value_bytes: int) -> tuple[int, int]:
             # A float32 scale per row; integers have a zero point too, though it is always 0.
             return rows * columns, rows * (4 if self.kind is Kind.float8 else 5)
 
-        yield from pricing.terms(context, pack, kinds=LAYERS, skip=self.skip_modules)
+        size, dynamic = context.value_bytes, self.kind is Kind.int8_dynamic
+        kept = pricing.Packing(
+            bytes=pack,
+            launches=OPERATORS,
+            unpacked=0 if dynamic else 2 * size,
+            rate="int8" if dynamic else "",
+            workspace=lambda tokens, rows, columns: (
+                tokens * (columns + 4 * rows) if dynamic else rows * columns * size
+            ),
+        )
+        yield from pricing.terms(context, kept, kinds=LAYERS, skip=self.skip_modules)
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:

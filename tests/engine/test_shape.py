@@ -270,10 +270,19 @@ def test_layer_types_that_a_file_leaves_out() -> None:
         assert read_shape(saved).layer_types == complete.layer_types, model_type
 
 
-def test_unknown_rhythm_counts_as_full_attention() -> None:
+def test_the_rhythm_of_layers_is_the_config_classes() -> None:
     saved = as_saved(AutoConfig.for_model("llama4_text"))
-    del saved["layer_types"]
-    assert set(read_shape(saved).layer_types) == {"full_attention"}
+    stated = saved.pop("layer_types")
+    assert read_shape(saved).layer_types == tuple(stated)
+
+
+def test_null_in_the_file_is_an_answer() -> None:
+    """Mistral's class has a window of 4096; its later checkpoints say null."""
+    sizes = LLAMA | {"model_type": "mistral"}
+    assert read_shape(sizes).sliding_window == 4096
+    without = read_shape(sizes | {"sliding_window": None})
+    assert without.sliding_window is None
+    assert set(without.layer_types) == {"full_attention"}
 
 
 def test_several_parts_are_read_from_the_text_part() -> None:

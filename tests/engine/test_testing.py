@@ -184,7 +184,7 @@ def test_what_check_refuses_everywhere(installed: Any, tmp_path: Path) -> None:
 
     installed(Picky)
     with pytest.raises(AssertionError, match=r"refuses Picky.*\nno cores\n  attention=eager\nset"):
-        _contract(Picky).test_estimate_gives_bytes_and_seconds(tmp_path)
+        _contract(Picky).test_estimate_gives_memory_and_work(tmp_path)
 
 
 def test_a_hook_without_its_argument(installed: Any) -> None:
@@ -248,7 +248,7 @@ def test_the_whole_suite_on_what_is_right(installed: Any, tmp_path: Path) -> Non
     contract.test_its_hooks_are_known_and_take_one_argument()
     contract.test_it_answers_its_slot_and_only_that()
     contract.test_check_names_the_problem_and_the_remedy()
-    contract.test_estimate_gives_bytes_and_seconds(tmp_path)
+    contract.test_estimate_gives_memory_and_work(tmp_path)
     try:
         contract.test_it_takes_effect(tmp_path)
         contract.test_it_is_as_exact_as_it_claims(tmp_path)

@@ -17,6 +17,7 @@ from engine.rules import Rule
 from engine.shape import ModelShape
 from engine.target import Target
 from tests.models import CONTEXT
+from tests.plugins.helpers import priced
 
 ModelFolder = Callable[[str], Path]
 
@@ -158,7 +159,7 @@ def test_what_does_not_fit_is_refused_with_its_terms(model: ModelFolder) -> None
 
 def test_an_answer_is_priced_to_the_end_of_the_context(model: ModelFolder) -> None:
     prices = [
-        verdict.check(_compose(model("llama"), f"decode.max_new_tokens={tokens}")).terms
+        priced(verdict.check(_compose(model("llama"), f"decode.max_new_tokens={tokens}")))
         for tokens in (128, 100_000_000)
     ]
     assert prices[0] == prices[1]

@@ -17,6 +17,7 @@ from engine.loading import checkpoint
 from engine.probe import Probe
 from engine.session import Session
 from engine.shape import ModelShape, read_shape
+from engine.verdict import Verdict
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
 """A prompt, `[1, 8]`."""
@@ -55,6 +56,12 @@ def terms(
     target: Any = SimpleNamespace()
     context = EstimateContext(recipe=recipe, shape=shape, target=target, batch=batch, tokens=tokens)
     return list(plugin.estimate(context))
+
+
+def priced(found: Verdict) -> dict[str, int]:
+    """Return the bytes that a recipe needs when its answer ends, by name."""
+    assert found.pricer is not None
+    return dict(found.pricer.token(1, *found.pricer.lengths).bytes)
 
 
 def receipt(session: Session, slot: str) -> Receipt:

@@ -10,7 +10,7 @@ import pytest
 import engine
 from engine.plugins.decode.beam import Beam
 from tests.conftest import Build
-from tests.plugins.helpers import receipt, verdict
+from tests.plugins.helpers import priced, receipt, verdict
 
 
 @pytest.mark.parametrize("cache", ["static", "none"])
@@ -56,9 +56,7 @@ def test_out_of_range_is_refused(model: Callable[[str], Path]) -> None:
 
 def test_the_other_beams_are_priced(model: Callable[[str], Path]) -> None:
     words = [f"model.path={model('llama')}", "model.dtype=float32", "decode=beam"]
-    found = {term.name: term.bytes for term in engine.check(engine.compose("base", words)).terms}
-    assert found["KV cache, other beams"] == 3 * found["KV cache"]
-    recipe = engine.compose("base", [*words, "cache=none"])
-    assert "KV cache, other beams" not in {
-        term.name for term in engine.check(recipe).terms if term.bytes
-    }
+    found = priced(engine.check(engine.compose("base", words)))
+    alone = priced(engine.check(engine.compose("base", [*words, "decode=generate"])))
+    assert found["KV cache"] == 4 * alone["KV cache"]
+    assert "KV cache" not in priced(engine.check(engine.compose("base", [*words, "cache=none"])))

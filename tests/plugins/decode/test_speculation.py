@@ -17,7 +17,7 @@ from engine.plugins.decode.prompt_lookup import PromptLookup, look_up
 from tests.conftest import Build
 from tests.models import tiny_model
 from tests.plugins.decode.test_families import ROWS, Family, answers
-from tests.plugins.helpers import receipt
+from tests.plugins.helpers import priced, receipt
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_refusals(model: Callable[[str], Path], tmp_path: Path) -> None:
 def test_the_draft_is_priced(model: Callable[[str], Path]) -> None:
     words = [f"model.path={model('llama')}", "model.dtype=float32", "decode=assisted"]
     recipe = engine.compose("base", [*words, f"decode.draft={model('llama')}"])
-    terms = {term.name: term.bytes for term in engine.check(recipe).terms}
+    terms = priced(engine.check(recipe))
     assert terms["draft weights"] == terms["weights"]
     assert terms["draft KV cache"] == terms["KV cache"]
 

@@ -18,7 +18,7 @@ from engine.plugins.load.gguf import Gguf
 from tests.conftest import Build
 from tests.gguf_files import Change, write_gguf
 from tests.models import tiny_model
-from tests.plugins.helpers import logits, plain, receipt, relative
+from tests.plugins.helpers import logits, plain, priced, receipt, relative
 from tests.plugins.helpers import verdict as holds
 
 pytest.importorskip("gguf")
@@ -129,8 +129,8 @@ def test_check_refuses_what_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPa
     assert "names no .gguf file" in codes("load.file=../F32.gguf")["value"]
     assert "names no .gguf file" in codes("load.file=''")["value"]
     assert "quantize=none" in codes("quantize=nf4")["gguf-packed"]
-    (weights,) = [t for t in verdict.check(recipe.compose("base", words)).terms if "wei" in t.name]
-    assert weights.bytes == 4 * sum(p.numel() for p in _model(folder).parameters())
+    weights = priced(verdict.check(recipe.compose("base", words)))["weights"]
+    assert weights == 4 * sum(p.numel() for p in _model(folder).parameters())
 
     def none(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)

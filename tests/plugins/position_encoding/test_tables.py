@@ -197,7 +197,7 @@ def test_rows_that_come_on_top_are_priced(model: Callable[[str], Path], family: 
     for plugin in (Learned(), Sinusoidal(max_positions=2 * CONTEXT)):
         context = ReshapeContext(recipe=None, shape=before)  # type: ignore[arg-type]
         after: Any = plugin.reshape(context)
-        (was,), (now,) = (terms(Unquantized(), each, tokens=1) for each in (before, after))
+        was, now = (terms(Unquantized(), each, tokens=1)[0] for each in (before, after))
         assert now.bytes - was.bytes == CONTEXT * 64 * 4
 
 

@@ -49,7 +49,8 @@ class Rows:
         def pack(rows: int, columns: int, value_bytes: int) -> tuple[int, int]:
             return rows * columns, 4 * rows
 
-        yield from pricing.terms(context, pack, kinds=["Linear"], skip=self.skip_modules)
+        kept = pricing.Packing(bytes=pack, launches=3, unpacked=2 * context.value_bytes)
+        yield from pricing.terms(context, kept, kinds=["Linear"], skip=self.skip_modules)
 
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:

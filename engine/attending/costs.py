@@ -1,0 +1,90 @@
+"""What attention costs, fused or in plain operators: what the choices of `attention` share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from engine.contexts import EstimateContext, Term
+from engine.shape import WINDOWED, WITHOUT_KEYS
+
+if TYPE_CHECKING:
+    from engine.shape import ModelShape
+
+FUSED, WRITTEN_OUT = 2, 9
+"""Operators of a layer's attention: a kernel and its mask; the formula in plain operators."""
+
+SCORE_PASSES = 8
+"""How often plain operators read or write each score: product, scale, mask, softmax, cast."""
+
+FLOAT32 = 4
+
+
+def fused(context: EstimateContext, window: int | None = None) -> Iterator[Term]:
+    """Price a kernel that never has the scores in memory.
+
+    Args:
+        window: keys that a query sees at most, whatever the model says.
+    """
+    shape, size = context.shape, context.value_bytes
+    keys = _keys(context, window)
+    queries = shape.heads * shape.head_dim
+    # A prompt sees itself up to the diagonal, and kernels skip what lies beyond.
+    seen = 0.5 if 1 < context.new == context.tokens else 1.0
+    yield Term(
+        name="attention",
+        bytes=2 * context.rows * queries * size,
+        during="attention",
+        launches=FUSED * len(keys),
+        moved=context.batch * _kept(shape, keys) * size,
+        flops=4 * seen * context.rows * queries * sum(keys),
+        rate=context.dtype or "float32",
+    )
+
+
+def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term]:
+    """Price plain operators, which have every score in memory, twice while softmax runs.
+
+    The second time in float32. Code of a model's own, or with sinks, holds them once more.
+
+    Args:
+        products: of queries and keys, for positions that need several.
+    """
+    shape, size = context.shape, context.value_bytes
+    keys = _keys(context, None)
+    queries = shape.heads * shape.head_dim
+    scores = context.rows * shape.heads
+    # Keys and values are copied for every query head that shares them.
+    copied = context.batch * 2 * queries * size if shape.kv_heads < shape.heads else 0
+    most = max(keys, default=0)
+    own = "model.attention_interface" not in shape.traits or "model.sinks" in shape.traits
+    yield Term(
+        name="scores of attention",
+        bytes=scores * most * (size * (products + own) + FLOAT32) + copied * most,
+        during="attention",
+        launches=WRITTEN_OUT * products * len(keys),
+        moved=sum(keys) * (scores * SCORE_PASSES * size * products + 2 * copied),
+        flops=2 * (1 + products) * context.rows * queries * sum(keys),
+        rate=context.dtype or "float32",
+    )
+    if context.new > 1:
+        yield Term(
+            name="mask", bytes=context.rows * context.met * (size + 1), during="pass", launches=10
+        )
+
+
+def _keys(context: EstimateContext, window: int | None) -> list[int]:
+    """Return how many keys a query meets in each layer that attends."""
+    shape, met = context.shape, context.met if window is None else min(context.met, window)
+    own = shape.sliding_window or met
+    return [
+        min(met, own) if kind in WINDOWED else met
+        for kind in shape.layer_types
+        if kind not in WITHOUT_KEYS or kind == "dummy"
+    ]
+
+
+def _kept(shape: ModelShape, keys: list[int]) -> int:
+    """Return the numbers of the keys and values that are read."""
+    values = [each for each in shape.kv_values if each]
+    return sum(keys) * max(values, default=0)

@@ -1,0 +1,219 @@
+"""Plan a recipe: what it takes on its target, how fast it will be, how far it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from engine.errors import CheckpointError, Problem
+from engine.planning.passes import Pass, Pricer
+from engine.planning.speed import FIXES
+from engine.recipe import Recipe
+from engine.shape import ModelShape
+from engine.target import Target
+from engine.verdict import Verdict, check
+
+MARGIN = 1.03
+"""A plan that needs more than its target has by less than this fits only with luck."""
+
+FARTHEST = 2**27
+"""Tokens beyond which nobody looks how far a plan goes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, planned. Bytes are those of the whole device; seconds are None where not known."""
+
+    verdict: Verdict
+    pricer: Pricer
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return what was planned."""
+        return self.verdict.recipe
+
+    @property
+    def target(self) -> Target:
+        """Return what it was planned for."""
+        return self.verdict.target
+
+    @property
+    def shape(self) -> ModelShape:
+        """Return the model as the choices leave it."""
+        return self.pricer.shape
+
+    @cached_property
+    def prompt(self) -> Pass:
+        """Return the pass of the prompt."""
+        return self.pricer.prompt(self.batch, self.prompt_tokens, self.new_tokens)
+
+    @cached_property
+    def token(self) -> Pass:
+        """Return the pass of the last token, when the cache is as full as it gets."""
+        return self.pricer.token(self.batch, self.prompt_tokens, self.new_tokens)
+
+    @property
+    def peak(self) -> Pass:
+        """Return the pass that needs most."""
+        return max(self.prompt, self.token, key=lambda each: each.peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Return what the device must have."""
+        return self.peak.peak_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Tell whether the target has as much; None where it does not say what it has."""
+        usable = self.target.usable_bytes
+        return None if usable is None else self.peak_bytes <= usable
+
+    @property
+    def tight(self) -> bool:
+        """Tell whether it fits with less than the plan may be off by."""
+        usable = self.target.usable_bytes
+        return bool(self.fits) and usable is not None and self.peak_bytes * MARGIN > usable
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Return the seconds of the prompt's pass."""
+        return None if self.prompt.cost is None else self.prompt.cost.seconds
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the tokens that a second of decoding gives, of all sequences together.
+
+        Of drafts, none are taken to be right: `at_best` tells what there is to win.
+        """
+        cost = self._middle.cost
+        return None if cost is None else self.batch / cost.seconds
+
+    @property
+    def at_best(self) -> float | None:
+        """Return the same if every draft was right; None where nothing is drafted."""
+        drafts = self.pricer.drafts
+        slowest = self.tokens_per_second
+        return None if not drafts or slowest is None else slowest * (1 + drafts)
+
+    @property
+    def binds(self) -> Mapping[str, str]:
+        """Return what limits each of the two passes: launches, bandwidth, compute."""
+        costs = {"decode": self._middle.cost, "prefill": self.prompt.cost}
+        return {name: cost.binds for name, cost in costs.items() if cost is not None}
+
+    @property
+    def advice(self) -> Mapping[str, str]:
+        """Return what that means, and what helps."""
+        return {binds: FIXES[binds] for binds in dict.fromkeys(self.binds.values())}
+
+    @cached_property
+    def longest_context(self) -> int | None:
+        """Return the tokens, prompt and answer, that a sequence of the batch can have.
+
+        None where nothing limits them, 0 where not even one fits.
+        """
+        limit = self.shape.max_positions
+        return _most(lambda tokens: self._fits_with(self.batch, tokens), limit or FARTHEST, limit)
+
+    @cached_property
+    def largest_batch(self) -> int | None:
+        """Return the sequences of the planned length that fit; None where nothing limits them."""
+        tokens = self.prompt_tokens + self.new_tokens
+        return _most(lambda batch: self._fits_with(batch, tokens), 2**20, None)
+
+    @cached_property
+    def _middle(self) -> Pass:
+        """Return the pass of a token in the middle of the answer, which stands for all."""
+        half = max((self.new_tokens + 1) // 2, 1)
+        return self.pricer.token(self.batch, self.prompt_tokens, self.new_tokens, at=half)
+
+    def _fits_with(self, batch: int, tokens: int) -> bool:
+        usable = self.target.usable_bytes
+        if usable is None:
+            return True
+        new = max(min(self.new_tokens, tokens - 1), 0)
+        passes = (self.pricer.prompt(batch, tokens - new, new),) + (
+            (self.pricer.token(batch, tokens - new, new),) if new else ()
+        )
+        return all(each.peak_bytes <= usable for each in passes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "recipe": self.recipe.name,
+            "choices": self.recipe.choices,
+            "model": {
+                "path": self.recipe.model.path,
+                "type": self.shape.model_type,
+                "parameters": self.shape.parameters,
+                "max_positions": self.shape.max_positions,
+            },
+            "target": self.target.name,
+            "workload": {
+                "batch": self.batch,
+                "prompt_tokens": self.prompt_tokens,
+                "new_tokens": self.new_tokens,
+            },
+            "terms": dict(self.token.held),
+            "prefill": {"terms": dict(self.prompt.passing), "peak_bytes": self.prompt.peak_bytes},
+            "decode": {"terms": dict(self.token.passing), "peak_bytes": self.token.peak_bytes},
+            "reserve_bytes": self.peak.reserve,
+            "tensor_bytes": self.peak.tensor_bytes,
+            "peak_bytes": self.peak_bytes,
+            "usable_bytes": self.target.usable_bytes,
+            "fits": self.fits,
+            "tight": self.tight,
+            "longest_context": self.longest_context,
+            "largest_batch": self.largest_batch,
+            "decode_tokens_per_second": self.tokens_per_second,
+            "decode_tokens_per_second_at_best": self.at_best,
+            "time_to_first_token": self.time_to_first_token,
+            "binds": dict(self.binds),
+            "seconds": {
+                name: dict(each.cost.parts)
+                for name, each in (("prefill", self.prompt), ("decode", self._middle))
+                if each.cost is not None
+            },
+            "rates": "" if self.pricer.rates is None else self.pricer.rates.origin,
+            "problems": [problem.as_dict() for problem in self.verdict.problems],
+            "notes": self.verdict.notes,
+        }
+
+
+def plan(recipe: Recipe, *, target: Target | None = None) -> Plan:
+    """Plan a recipe for its target, or another one, also where `check` refuses it.
+
+    Raises:
+        CheckpointError: when the sizes of the model are not known.
+        PluginError: when a plugin breaks the hook contract.
+    """
+    verdict = check(recipe, target=target)
+    if verdict.pricer is None:
+        verdict.raise_for_problems()
+        raise CheckpointError(
+            Problem(
+                message=f"{recipe.model.path}: its config.json is not on this machine, so there is "
+                "nothing to reckon with",
+                hint="model=NAME of a model that is known here (engine list model), or "
+                f"hf download {recipe.model.path} config.json",
+                code="shape-unknown",
+                where=f"model.path={recipe.model.path}",
+            )
+        )
+    return Plan(verdict, verdict.pricer, recipe.workload.batch, *verdict.pricer.lengths)
+
+
+def _most(fits: Callable[[int], bool], farthest: int, limit: int | None) -> int | None:
+    """Return the largest number that fits; `limit` where the farthest does."""
+    if fits(farthest):
+        return limit
+    low, high = 0, farthest
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
