@@ -144,9 +144,9 @@ MALFORMED = [
     yaml(
         "text for mapping",
         "model: x\n",
-        "value",
-        "model is 'x', where a mapping",
-        "model.path",
+        "choice-as-value",
+        "'x' is a value where a choice is due",
+        "model.path=x",
         line=1,
     ),
     yaml("date", MODEL + "seed: 2020-01-01\n", "value", "'2020-01-01', where int", line=2),
@@ -291,11 +291,13 @@ MALFORMED = [
     yaml("reference to itself", MODEL + "seed: ${seed}\n", "value", "ecursive", line=2),
     yaml("reference to text", MODEL + "seed: ${model.path}\n", "value", "seed:", line=2),
     yaml("unclosed reference", "model:\n  path: ${seed\n", "recipe", "is no reference", line=2),
-    yaml("reference to a mapping", "model: ${target}\n", "value", "where a mapping is due", line=1),
+    yaml(
+        "reference to a mapping", MODEL + "target: ${model}\n", "choice-as-value", "choice", line=2
+    ),
     yaml(
         "reference for a list", MODEL + "target: {tflops: '${model}'}\n", "value", "for one value"
     ),
-    typed("reference to a mapping, typed", "model=${target}", "value", "stands for one value"),
+    typed("reference to a mapping, typed", "workload=${target}", "value", "for one value"),
     typed("reference to another choice", "attention=${cache}", "unknown-choice", "'dynamic'"),
     # Overrides.
     typed("no value", "seed", "override", "not of the form key=value", "key=value"),
@@ -348,7 +350,7 @@ MALFORMED = [
     typed(
         "member typed", "model.dtype=bf16", "value", "none of auto", "mean model.dtype=bfloat16?"
     ),
-    typed("model as a word", "model=x", "value", "where a mapping is due", "model.path"),
+    typed("model as a word", "model=x", "unknown-choice", "no choice for model", "model.path=x"),
     typed("prompt as key", "prompt=hello", "override", "no key of a recipe", "-p TEXT"),
     typed("slashes", "decode/top_k=5", "override", "dots, not slashes", "decode.top_k="),
     typed("defaults typed", "defaults=[base]", "override", "defaults list", "attention=sdpa"),

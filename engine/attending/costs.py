@@ -43,9 +43,9 @@ def fused(context: EstimateContext, window: int | None = None) -> Iterator[Term]
 
 
 def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term]:
-    """Price plain operators, which have every score in memory, twice while softmax runs.
+    """Price plain operators, which have every score in memory, more than once while softmax runs.
 
-    The second time in float32. Code of a model's own, or with sinks, holds them once more.
+    As they came, in float32, and as weights. A model's own code, or sinks, hold them once more.
 
     Args:
         products: of queries and keys, for positions that need several.
@@ -53,17 +53,20 @@ def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term
     shape, size = context.shape, context.value_bytes
     keys = _keys(context, None)
     queries = shape.heads * shape.head_dim
-    scores = context.rows * shape.heads
     # Keys and values are copied for every query head that shares them.
     copied = context.batch * 2 * queries * size if shape.kv_heads < shape.heads else 0
     most = max(keys, default=0)
     own = "model.attention_interface" not in shape.traits or "model.sinks" in shape.traits
+    # torch converts scores to float32 before softmax, but for float16 on CUDA, where that is fused.
+    converted = size == 2 and not (context.dtype == "float16" and context.target.kind == "cuda")
+    held = size * (products + own) + FLOAT32 * (2 if converted else 1)
     yield Term(
         name="scores of attention",
-        bytes=scores * most * (size * (products + own) + FLOAT32) + copied * most,
+        bytes=scores(context) * held + copied * most,
         during="attention",
         launches=WRITTEN_OUT * products * len(keys),
-        moved=sum(keys) * (scores * SCORE_PASSES * size * products + 2 * copied),
+        moved=sum(keys)
+        * (context.rows * shape.heads * SCORE_PASSES * size * products + 2 * copied),
         flops=2 * (1 + products) * context.rows * queries * sum(keys),
         rate=context.dtype or "float32",
     )
@@ -71,6 +74,11 @@ def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term
         yield Term(
             name="mask", bytes=context.rows * context.met * (size + 1), during="pass", launches=10
         )
+
+
+def scores(context: EstimateContext) -> int:
+    """Return the scores of the layer whose queries meet most keys: of each query, head and key."""
+    return context.rows * context.shape.heads * max(_keys(context, None), default=0)
 
 
 def _keys(context: EstimateContext, window: int | None) -> list[int]:

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from engine.blueprint import sources
-from engine.blueprint.stand_ins import Linear, Module, Parameter
+from engine.blueprint.stand_ins import Buffer, Linear, Module, Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,8 @@ class Blueprint:
     """In the order of the model; of tied ones the first."""
     modules: tuple[tuple[str, str], ...]
     """Path and class of every module."""
+    buffers: int
+    """Bytes of the tensors that no checkpoint holds, such as masks."""
     stated: Mapping[str, frozenset[str]]
     """Attribute of its classes → the words in it, of all of them together."""
 
@@ -97,6 +99,7 @@ def _drawn(text: str) -> Blueprint | None:
     return Blueprint(
         weights=tuple(weight for weight in weights if weight.name not in tied),
         modules=tuple((path, type(each).__name__) for path, each in model.named_modules()),
+        buffers=sum(_buffers(model)),
         stated={name: _stated(model, name) for name in STATED},
     )
 
@@ -147,6 +150,19 @@ def _weights(model: Module) -> Iterator[Weight]:
             head=linear and name.count(".") == 1,
             trained=trained,
         )
+
+
+SIZES = {"bool": 1, "uint8": 1, "int8": 1, "bfloat16": 2, "float16": 2, "half": 2, "int64": 8}
+"""Number format → bytes; four for the others."""
+
+
+def _buffers(model: Module) -> Iterator[int]:
+    seen: set[int] = set()
+    for _, tensor in model.named_tensors():
+        passing = isinstance(tensor, Buffer) and not tensor.persistent
+        if passing and tensor.shape is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield prod(tensor.shape) * SIZES.get(str(tensor.dtype), 4)
 
 
 def is_linear(kind: type) -> bool:

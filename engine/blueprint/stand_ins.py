@@ -80,16 +80,17 @@ class Tensor:
     """Have a shape, or None where it is not known."""
 
     device = SimpleNamespace(type="meta")
-    dtype: Any = None
 
-    def __init__(self, shape: Shape | None = None) -> None:
+    def __init__(self, shape: Shape | None = None, dtype: str | None = None) -> None:
         self.shape = shape
+        self.dtype = dtype
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         shape = self.shape if name in ELEMENTWISE else None
-        return lambda *_, **__: Tensor(shape)
+        dtype = name if name in FORMATS else self.dtype
+        return lambda *_, **__: Tensor(shape, dtype)
 
     def dim(self) -> int:
         """Return how many dimensions there are."""
@@ -116,7 +117,7 @@ class Tensor:
         if -1 in wanted and self.shape is not None:
             rest = self.numel() // -prod(wanted)
             wanted = tuple(rest if size == -1 else size for size in wanted)
-        return Tensor(wanted if self.shape is not None else None)
+        return Tensor(wanted if self.shape is not None else None, self.dtype)
 
     reshape = view
 
@@ -193,9 +194,9 @@ def _sizes(given: tuple[Any, ...]) -> Shape:
     return tuple(int(size) for size in given)
 
 
-def _made(*sizes: Any, size: Any = None, **_: Any) -> Tensor:
+def _made(*sizes: Any, size: Any = None, dtype: Any = None, **_: Any) -> Tensor:
     try:
-        return Tensor(_sizes(sizes if size is None else (size,)))
+        return Tensor(_sizes(sizes if size is None else (size,)), dtype)
     except (TypeError, ValueError):
         return Tensor()
 
@@ -219,8 +220,9 @@ def _tensor(value: Any, **_: Any) -> Tensor:
     return Tensor(shape(value))
 
 
-def _like(tensor: Any = None, *_: Any, **__: Any) -> Tensor:
-    return Tensor(tensor.shape if isinstance(tensor, Tensor) else None)
+def _like(tensor: Any = None, *_: Any, dtype: Any = None, **__: Any) -> Tensor:
+    known = isinstance(tensor, Tensor)
+    return Tensor(tensor.shape, dtype or tensor.dtype) if known else Tensor()
 
 
 def _joined(tensors: Any, dim: int = 0, **_: Any) -> Tensor:
@@ -247,7 +249,8 @@ class Buffer(Tensor):
     """A tensor that is not trained."""
 
     def __init__(self, data: Any = None, persistent: bool = True) -> None:
-        super().__init__(data.shape if isinstance(data, Tensor) else None)
+        known = isinstance(data, Tensor)
+        super().__init__(*((data.shape, data.dtype) if known else ()))
         self.persistent = persistent
 
 
@@ -619,7 +622,7 @@ def _torch() -> Stub:
         Size=tuple,
         dtype=type("dtype", (), {}),
         __version__="2",
-        **dict.fromkeys(FORMATS),
+        **{name: name for name in FORMATS},
         **making,
     )
 

@@ -19,6 +19,11 @@ CHOICES = GROUPS
 _EXAMPLES = {int: "1", float: "0.5", bool: "true", str: "text"}
 
 
+def _path_hint(group: str, given: object) -> str:
+    """Say where a model's folder or hub id goes, for who has put it in the place of a choice."""
+    return f"a folder or hub id: model.path={given}; or by name: " if group == "model" else ""
+
+
 class Mistakes:
     """What was found wrong so far, and where each key of the recipe was written last."""
 
@@ -93,7 +98,7 @@ class Mistakes:
             return
         self.add(
             f"{show(choice)} is no choice for {group}",
-            hint=choices_hint(choice, known, prefix=f"{group}="),
+            hint=_path_hint(group, choice) + choices_hint(choice, known, prefix=f"{group}="),
             code="unknown-choice",
             slot=group if group in SLOTS else "",
             where=where,
@@ -106,7 +111,8 @@ class Mistakes:
         word = word if word in known else nearest(word, known) or next(iter(known), word)
         self.add(
             f"{slot}: {show(value)} is a value where a choice is due",
-            hint=f"choices stand in the defaults list: '- override {slot}: {word}', or behind the "
+            hint=f"{_path_hint(slot, value)}"
+            f"choices stand in the defaults list: '- override {slot}: {word}', or behind the "
             f"recipe's name: {slot}={word}",
             code="choice-as-value",
             slot=slot if slot in SLOTS else "",

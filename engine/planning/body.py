@@ -18,6 +18,7 @@ from engine.quantizing.pricing import experts_visited
 
 if TYPE_CHECKING:
     from engine.blueprint.drawing import Blueprint, Weight
+    from engine.target import Target
 
 ATTENTION = re.compile(r"attn|attention|mixer")
 """In the path of a module that belongs to attention."""
@@ -46,6 +47,11 @@ WRITTEN_OUT = {"gelu_new": 4, "gelu_fast": 4, "gelu_python": 4, "quick_gelu": 3}
 """The same where the activation is written out in plain operators."""
 
 
+WORKSPACES, WORKSPACE, HOPPER_WORKSPACE = 2, 8519680, 32 * 2**20
+"""How often torch takes a workspace (cuBLAS, cuBLASLt), its bytes, and those on Hopper and newer:
+`parseChosenWorkspaceSize` in aten/src/ATen/cuda/CublasHandlePool.cpp."""
+
+
 @dataclass(frozen=True)
 class Widths:
     """What decides how much a pass holds, and how many operators it is."""
@@ -61,6 +67,9 @@ def terms(context: EstimateContext) -> Iterator[Term]:
     shape, rows, size = context.shape, context.rows, context.value_bytes
     hidden, vocabulary = shape.hidden_size, shape.vocab_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if shape.blueprint is not None:
+        yield Term(name="buffers", bytes=shape.blueprint.buffers)
+    yield Term(name="workspace of cuBLAS", bytes=_workspace(context.target))
     visited = experts_visited(shape.config)
     widths = _widths(shape.blueprint, shape.layers, hidden, _activation(shape.config), visited)
     # The embeddings stay until the end; so do learned positions, or the angles of rotary ones.
@@ -89,6 +98,13 @@ def terms(context: EstimateContext) -> Iterator[Term]:
         flops=2 * rated * vocabulary * hidden,
         rate=context.dtype or "float32",
     )
+
+
+def _workspace(target: Target) -> int:
+    """Return what torch takes for the matrix products of a CUDA device, once for each library."""
+    if target.kind != "cuda":
+        return 0
+    return WORKSPACES * (HOPPER_WORKSPACE if float(target.capability or 0) >= 9 else WORKSPACE)
 
 
 def _activation(config: object) -> str:

@@ -37,10 +37,12 @@ class Random:
     """Draw the weights as training would start them: right sizes and speed, meaningless text.
 
     Needs config.json and the tokenizer, no weights. The same `seed` (None: the recipe's) and
-    number format give the same weights on every device.
+    number format give the same weights on every device; but for `on_device`, which draws them where
+    the model will run: other ones, and of a large model in seconds instead of minutes.
     """
 
     seed: int | None = None
+    on_device: bool = False
 
     provides: ClassVar[tuple[str, ...]] = ("load.random",)
 
@@ -58,7 +60,7 @@ class Random:
 
     @hookimpl
     def load(self, context: LoadContext) -> LoadedRandom:
-        """Make the model on the CPU, then quantize it or move it to the device."""
+        """Make the model, on the CPU unless told otherwise, then quantize it or move it."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -67,7 +69,8 @@ class Random:
         options: dict[str, Any] = {"dtype": context.dtype}
         if context.attention_implementation is not None:
             options["attn_implementation"] = context.attention_implementation
-        with torch.random.fork_rng(devices=[]):
+        place = context.device if self.on_device else torch.device("cpu")
+        with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
             torch.manual_seed(seed)
             auto: Any = AutoModelForCausalLM
             try:

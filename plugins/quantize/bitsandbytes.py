@@ -178,14 +178,12 @@ class BitsAndBytes:
         if context.rows == 1 and context.target.kind == "cuda":  # its kernel unpacks as it goes
             launches = FUSED_DOUBLE_INT4 if self.double_quant else FUSED_INT4
             return pricing.Packing(bytes=size, launches=launches)
-        plain = context.value_bytes
-        unpacked = plain + (compute if compute != plain else 0)
         return pricing.Packing(
             bytes=size,
             launches=UNPACKED_DOUBLE_INT4 if self.double_quant else UNPACKED_INT4,
-            unpacked=L2_MISSES * 2 * unpacked,
+            unpacked=L2_MISSES * 2 * compute,
             flops=UNPACKING,
-            workspace=lambda _, rows, columns: rows * columns * unpacked,
+            workspace=lambda _, rows, columns: rows * columns * compute,
         )
 
     @hookimpl

@@ -158,7 +158,8 @@ def test_a_choice_may_follow_another(write: Write) -> None:
 
 
 def test_an_optional_choice_may_be_missing(write: Write) -> None:
-    text = "defaults:\n- base\n- optional model: not-there\n" + MODEL
+    base = (recipe.shipped_folder() / "base.yaml").read_text(encoding="utf-8")
+    text = base.replace("- model: null", "- optional model: not-there") + MODEL
     assert compose(write("mine", text)).model.path == "x"
 
 
@@ -186,7 +187,7 @@ def test_headers_say_where_a_preset_belongs(
     write: Write, header: str, body: str, path: str
 ) -> None:
     write("model/other", header + body.replace("y", "7") + "\n")
-    text = "defaults:\n- base\n- model: other\n" + MODEL.replace("path: x", "revision: r")
+    text = "defaults:\n- base\n- override model: other\n" + MODEL.replace("path: x", "revision: r")
     composed = compose(write("mine", text), [] if path == "model.path" else ["model.path=x"])
     assert str(value(composed, path)) == "7"
     file = write("model/other", header + body.replace(": y", ": [y]") + "\n")
@@ -247,7 +248,7 @@ def test_the_text_holds_everything_resolved(write: Write) -> None:
     assert shown["decode"]["max_new_tokens"] == 7
     assert shown["model"] == {
         "path": "recipes://embedded", "revision": None, "dtype": "float16",
-        "trust_remote_code": False,
+        "trust_remote_code": False, "config": {}, "source": "", "checked": "",
     }  # fmt: skip
     assert "hydra" not in shown
     assert "defaults" not in shown

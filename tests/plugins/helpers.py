@@ -51,11 +51,15 @@ def hints(plugin: Any, shape: ModelShape | None = None, traits: Iterable[str] = 
 def terms(
     plugin: Any, shape: ModelShape, tokens: int, batch: int = 1, dtype: str = "float32"
 ) -> list[Term]:
-    """Return what a plugin's estimate names."""
+    """Return what a plugin's estimate says to be held for as long as the session, by name."""
     recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype=SimpleNamespace(value=dtype)))
-    target: Any = SimpleNamespace()
+    target: Any = SimpleNamespace(kind="cpu")
     context = EstimateContext(recipe=recipe, shape=shape, target=target, batch=batch, tokens=tokens)
-    return list(plugin.estimate(context))
+    held: dict[str, int] = {}
+    for term in plugin.estimate(context):
+        if not term.during:
+            held[term.name] = held.get(term.name, 0) + term.bytes
+    return [Term(name=name, bytes=size) for name, size in held.items() if size]
 
 
 def priced(found: Verdict) -> dict[str, int]:
