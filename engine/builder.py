@@ -21,7 +21,7 @@ from engine.contexts import (
 )
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
 from engine.loading import checkpoint
-from engine.loading.common import quiet
+from engine.loading.common import give_back, quiet
 from engine.probe import failing_together
 from engine.recipe import Recipe
 from engine.session import Session
@@ -128,6 +128,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
             attention_implementation=_register(session, attention, positions.bias),
         )
     )
+    give_back()
     session.config = session.model.config
     session.device = built["load"].device or session.device
     session.model.register_forward_pre_hook(_counter(session), with_kwargs=True)

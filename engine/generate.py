@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from math import ceil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.contexts import Figures, Generation, KeyValues, Output, Step
@@ -328,10 +330,7 @@ class Clock:
         self._first: float | None = None
         self.forwarded = 0
         self.discarded = 0
-        if session.device.type == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats(session.device)
+        reset_peak_memory(session)
         self._start = time.perf_counter()
 
     def stamped(self, found: Iterable[Any]) -> Iterator[Any]:
@@ -366,12 +365,29 @@ class Clock:
         )
 
 
+def reset_peak_memory(session: Session) -> None:
+    """Let the peak be counted anew from here, where the system can."""
+    if session.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(session.device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_bytes(session: Session) -> int:
-    """Return the peak of the device's allocator, or of the process where there is no device."""
+    """Return the peak since the last reset: of the device's allocator, or of the whole process."""
     if session.device.type == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated(session.device))
+    with suppress(OSError, LookupError, ValueError):
+        found = re.search(
+            r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE
+        )
+        if found:
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -34,6 +34,8 @@ class Target:
     name: str = "auto"
     kind: str = "auto"
     """'cuda', 'cpu', 'mps', or 'auto' for whatever is here."""
+    devices: list[str] = field(default_factory=list)
+    """What drivers call it, so that it is recognized where it is detected."""
     label_gb: float | None = None
     """Memory as sold, in 10^9 bytes."""
     usable_gib: float | None = None

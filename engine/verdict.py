@@ -8,12 +8,19 @@ from pathlib import Path
 
 from engine.calls import Chosen
 from engine.contexts import CheckContext, ReshapeContext
-from engine.errors import CheckpointError, DoesNotFit, EngineError, Problem, RecipeError
+from engine.errors import (
+    CheckpointError,
+    DoesNotFit,
+    EngineError,
+    PluginError,
+    Problem,
+    RecipeError,
+)
 from engine.hooks import Hooks
 from engine.loading import checkpoint
 from engine.loading.checkpoint import TensorInfo
+from engine.planning.calibration import known
 from engine.planning.passes import Pricer
-from engine.planning.speed import rates
 from engine.recipe import Recipe, slots
 from engine.rules import Rule
 from engine.shape import ModelShape, read_shape
@@ -79,7 +86,11 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
         broken = [*broken, *error.problems]
     pricer = None
     if reshaped is not None:
-        pricer = Pricer(recipe, hooks, reshaped, target, rates(target))
+        try:
+            pricer = known(Pricer(recipe, hooks, reshaped, target, None))
+        except PluginError:
+            if not (problems or broken):
+                raise  # else options that are refused have no price
     if problems or broken:
         kind = RecipeError if problems else CheckpointError
         return Verdict(recipe, hooks, target, reshaped, [*problems, *broken], pricer, kind)

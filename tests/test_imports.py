@@ -35,6 +35,8 @@ CALLS = {
     "list": _command("list"),
     "show": _command("show", "base", "model.path=some/model"),
     "check": _command("check", "tiny-4bit-gqa"),
+    "plan": _command("plan", "octocoder-4bit-rtx3090"),
+    "suggestions": _command("plan", "base", "model=mistral-7b", "target=l4"),
 }
 
 

@@ -116,7 +116,7 @@ def measured(folder: Path, name: str) -> dict[str, Any]:
 
 
 PLANNED = (
-    "terms", "prefill", "decode", "tensor_bytes", "peak_bytes", "decode_tokens_per_second",
+    "prefill", "decode", "tensor_bytes", "peak_bytes", "decode_tokens_per_second",
     "time_to_first_token", "binds", "seconds", "rates", "target",
 )  # fmt: skip
 

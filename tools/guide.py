@@ -72,9 +72,9 @@ def rows() -> Iterator[Row]:
         size = planned(model, "model.dtype=bfloat16").prompt.held["weights"] / GB
         note = "by its name; it has 41.3 billion" if model == "falcon-40b" else ""
         yield Row(f"weights of {model} in bfloat16", guide, size, "GB", note)
-    for name, (guide, words) in PEAKS.items():
+    for name, (peak, words) in PEAKS.items():
         found = planned("octocoder", *words).peak.tensor_bytes / GIB
-        yield Row(f"peak of OctoCoder in {name}", guide, found, "GiB")
+        yield Row(f"peak of OctoCoder in {name}", peak, found, "GiB")
     octocoder = planned("octocoder")
     for tokens, asked, note in (
         (1_000, 50e-3, "the guide says 'around 50 MB'; its own formula gives 80 MB"),

@@ -173,12 +173,31 @@ def layers_kept(
         yield kind, values, min(tokens, window) if kind in WINDOWED else tokens
 
 
+def kept_by_type(
+    context: EstimateContext, kept: int, tokens: int, *, newest: bool = False
+) -> Iterator[Term]:
+    """Price keys and values that are kept: those of layers with a window by themselves.
+
+    Args:
+        kept: bytes of all layers together.
+        tokens: that there is room for.
+    """
+    windows = sum(
+        values * held
+        for kind, values, held in layers_kept(context.shape, tokens, newest=newest)
+        if kind in WINDOWED
+    )
+    size = context.batch * context.value_bytes * windows
+    yield Term(name="KV cache", bytes=kept - size)
+    yield Term(name="KV cache of sliding layers", bytes=size)
+
+
 def growing(context: EstimateContext, kept: int) -> Iterator[Term]:
     """Price keys and values that are copied into longer tensors with each token, layer by layer."""
     layers = [values * tokens for _, values, tokens in layers_kept(context.shape, context.tokens)]
     size = context.batch * context.value_bytes
-    launches, moved = 2 * sum(map(bool, layers)), 2 * sum(layers) * size
-    yield Term(name="KV cache", bytes=kept, launches=launches, moved=moved)
+    yield from kept_by_type(context, kept, context.tokens)
+    yield Term(name="KV cache", launches=2 * sum(map(bool, layers)), moved=2 * sum(layers) * size)
     # Of the layer at work, new keys are there before the old ones go.
     yield Term(name="longer keys", bytes=max(layers, default=0) * size // 2, during="attention")
 
@@ -188,7 +207,8 @@ def unpacking(context: EstimateContext, kept: int) -> Iterator[Term]:
     layers = [values * tokens for _, values, tokens in layers_kept(context.shape, context.tokens)]
     plain = context.batch * context.value_bytes * sum(layers)
     packed = sum(map(bool, layers))
-    yield Term(name="KV cache", bytes=kept, launches=UNPACKING * packed, moved=kept + 3 * plain)
+    yield from kept_by_type(context, kept, context.tokens)
+    yield Term(name="KV cache", launches=UNPACKING * packed, moved=kept + 3 * plain)
     largest = max(layers, default=0) * context.batch * (context.value_bytes + 4)
     yield Term(name="unpacked keys and values", bytes=largest, during="attention")
 

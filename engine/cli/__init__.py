@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import typer
 
-from engine.cli import chat, check, convert, explain, list_, run, show, streams
+from engine.cli import calibrate, chat, check, convert, explain, list_, plan, run, show, streams
 from engine.cli.verb import Verb, ignore_interrupts
 from engine.errors import EngineError, RuntimeFailure
 
@@ -46,6 +46,8 @@ app = typer.Typer(
 app.command("run", cls=Verb)(run.run)
 app.command("chat", cls=Verb)(chat.chat)
 app.command("check", cls=Verb)(check.check)
+app.command("plan", cls=Verb)(plan.plan)
+app.command("calibrate", cls=Verb)(calibrate.calibrate)
 app.command("convert", cls=Verb)(convert.convert)
 app.command("explain", cls=Verb)(explain.explain)
 app.command("show", cls=Verb)(show.show)

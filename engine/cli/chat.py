@@ -131,14 +131,15 @@ def _report(session: Session, conversation: Chat, output: Output, *, json: bool)
             f"cache={receipt.plugin} did not take effect: {receipt.claim}; evidence: {evidence}",
             hint="cache=dynamic, or report it to the plugin's author",
         )
+    found = common.score(session, output.figures)
     if json:
         receipts = [one for one in [*session.receipts, receipt] if one]
-        common.print_json(common.as_json(output, receipts))
+        common.print_json(common.as_json(output, receipts, plan=found.as_dict()))
         return
     print()
     line = common.figures_line(output.figures, output.finish_reason, session.device.type)
     kept = f" · {receipt.evidence['from_cache']} tokens from the cache" if receipt else ""
-    print(f"\n{line}{kept}\n", file=sys.stderr)
+    print(f"\n{line}{kept}\n{common.planned(found)}\n", file=sys.stderr)
 
 
 def _messages() -> Iterator[str]:

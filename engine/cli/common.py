@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from engine.builder import Progress
     from engine.contexts import Figures, Output, Receipt
+    from engine.planning.scoring import Score
     from engine.recipe import Recipe
     from engine.session import Session
 
@@ -32,6 +33,14 @@ Arguments = Annotated[
         show_default=False,
     ),
 ]
+Recipes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[RECIPE]... [OVERRIDE]...",
+        help="Names or files of recipes, then values to change: key=value, or key=value,value.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
 
@@ -40,9 +49,33 @@ def compose(arguments: Sequence[str] | None) -> Recipe:
     from engine import recipe
 
     words = list(arguments or ())
-    named = bool(words) and "=" not in words[0] and not words[0].startswith(("~", "+"))
-    name = words.pop(0) if named else recipe.DEFAULT
+    name = words.pop(0) if words and _is_name(words[0]) else recipe.DEFAULT
     return recipe.compose(name, words)
+
+
+def compose_all(arguments: Sequence[str] | None) -> dict[str, Recipe]:
+    """Compose every recipe that is named, with every combination of the overrides that vary.
+
+    Returns:
+        what tells each from the others → the recipe.
+    """
+    from engine import recipe
+    from engine.composing.overrides import variants
+
+    words = list(arguments or ())
+    names = [word for word in words if _is_name(word)] or [recipe.DEFAULT]
+    given = [word for word in words if not _is_name(word)]
+    found: dict[str, Recipe] = {}
+    for name in names:
+        for overrides in variants(given):
+            varied = [word for word in overrides if word not in given]
+            label = " ".join([*([name] if len(names) > 1 or not varied else []), *varied])
+            found[label] = recipe.compose(name, overrides)
+    return found
+
+
+def _is_name(word: str) -> bool:
+    return "=" not in word and not word.startswith(("~", "+"))
 
 
 def read_prompt(text: str | None) -> str:
@@ -156,6 +189,24 @@ def figures_line(figures: Figures, reason: str, device: str) -> str:
     whose = "of the process" if device == "cpu" else f"on {device}"
     parts += [f"peak {figures.peak_memory_bytes / 2**20:,.0f} MiB {whose}", f"ended by {reason}"]
     return " · ".join(parts)
+
+
+def score(session: Session, figures: Figures) -> Score:
+    """Hold the plan against what a run measured, and keep the score."""
+    from engine.planning import scoring
+
+    found = scoring.score(session, figures)
+    why_not = scoring.keep(session, found, figures)
+    if why_not:
+        print(f"note: {why_not}", file=sys.stderr)
+    return found
+
+
+def planned(found: Score) -> str:
+    """Phrase what was planned, and how far that was off."""
+    from engine.planning import scoring
+
+    return scoring.phrase(found)
 
 
 def print_receipts(receipts: Sequence[Receipt]) -> None:

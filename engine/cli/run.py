@@ -52,12 +52,14 @@ def run(
                     print(piece, end="", flush=True)
         output = stream.output
         receipts = session.collect_receipts()
+        found = common.score(session, output.figures)
         if json:
             about = {"name": recipe.name, "digest": recipe.digest}
-            common.print_json(common.as_json(output, receipts, recipe=about, notes=session.notes))
+            more = {"recipe": about, "plan": found.as_dict(), "notes": session.notes}
+            common.print_json(common.as_json(output, receipts, **more))
             return
         print()
         if not quiet:
             line = common.figures_line(output.figures, output.finish_reason, session.device.type)
-            print(f"\n{line}\n", file=sys.stderr)
+            print(f"\n{line}\n{common.planned(found)}\n", file=sys.stderr)
             common.print_receipts(receipts)

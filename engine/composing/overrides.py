@@ -23,10 +23,11 @@ from engine.composing.source import (
     refuse_text,
     show,
 )
-from engine.errors import Problem
+from engine.errors import Problem, RecipeError
 from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
 
 MAX_LENGTH = 10_000
+MOST_VARIANTS = 100
 
 FLAGS = {
     "prompt": "-p TEXT",
@@ -66,6 +67,29 @@ def parse(lines: Sequence[str]) -> tuple[list[Override], list[Problem]]:
                 )
             )
     return found, problems
+
+
+def variants(lines: Sequence[str]) -> list[list[str]]:
+    """Return every combination of overrides, where some name several values: `quantize=none,nf4`.
+
+    What cannot be parsed is left as it is, for composing to say what is wrong with it.
+    """
+    parser = OverridesParser.create()
+    found: list[list[str]] = [[]]
+    for line in lines:
+        override = _parsed(parser, line)[0] if _refuse_line(line) is None else None
+        values = [line]
+        if override is not None and override.is_sweep_override():
+            key = line.partition("=")[0]
+            values = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        found = [[*before, value] for before in found for value in values]
+        if len(found) > MOST_VARIANTS:
+            problem = Problem(
+                message=f"override {show(line)}: more than {MOST_VARIANTS} combinations",
+                hint="name fewer values", code="override", where=place(line),
+            )  # fmt: skip
+            raise RecipeError(problem)
+    return found
 
 
 def place(line: str) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import ERROR, getLogger
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import DoesNotFit
 from engine.loading import checkpoint
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.core_model_loading import WeightConverter
@@ -84,6 +84,38 @@ def tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     except Exception as error:
         what = "there is no tokenizer that can be used"
         raise checkpoint.unusable(folder, error, what, _TOKENIZER) from error
+    return found
+
+
+def own(model: PreTrainedModel) -> None:
+    """Copy weights that lie in mapped files into memory of their own.
+
+    A file that changes would change them, and one that is cut would kill the process; and as long
+    as a single tensor lies there, all of the file is held, that of a packed model included.
+    """
+    import torch
+
+    mapped = _mapped(".safetensors")
+    for tensor in (*model.parameters(), *model.buffers()):
+        plain = mapped and type(tensor.data) is torch.Tensor and tensor.device.type == "cpu"
+        if plain and any(start <= tensor.data_ptr() < end for start, end in mapped):
+            tensor.data = tensor.data.clone()
+
+
+def give_back() -> None:
+    """Have the system's allocator give back what loading and packing took and do not need."""
+    with suppress(OSError, AttributeError):  # glibc's alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _mapped(suffix: str) -> list[tuple[int, int]]:
+    """Return where files of a kind are mapped in this process, as far as the system tells."""
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if line.endswith(suffix):
+                start, _, end = line.partition(" ")[0].partition("-")
+                found.append((int(start, 16), int(end, 16)))
     return found
 
 

@@ -54,6 +54,13 @@ class Pass:
         return {name: size for name, size in found.items() if size}
 
     @property
+    def weight_bytes(self) -> int:
+        """Return the bytes of all weights, of their scales and of drafts."""
+        return sum(
+            size for name, size in self.held.items() if "weights" in name or "scales" in name
+        )
+
+    @property
     def tensor_bytes(self) -> int:
         """Return the bytes of all tensors at the peak: what an allocator counts."""
         return sum(self.held.values()) + sum(self.passing.values())
@@ -66,8 +73,19 @@ class Pass:
     @property
     def reserve(self) -> int:
         """Return the bytes that the process takes on the device beside its tensors."""
-        measured = None if self.rates is None else self.rates.reserve
-        return RESERVE.get(self.context.target.kind, 0) if measured is None else measured
+        if self.rates is None or self.rates.reserve is None:
+            return RESERVE.get(self.context.target.kind, 0)
+        retained = (self.rates.retained - 1) * sum(self.passing.values())
+        return self.rates.reserve + int(retained)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "held": dict(self.held),
+            "passing": dict(self.passing),
+            "reserve_bytes": self.reserve,
+            "peak_bytes": self.peak_bytes,
+        }
 
     @property
     def cost(self) -> Cost | None:
@@ -116,12 +134,19 @@ class Pricer:
         tokens = prompt + max((new if at is None else at) - 1, 1)
         return self.price(batch=batch, new=1, tokens=tokens, max_tokens=prompt + new)
 
+    @property
+    def limit(self) -> int | None:
+        """Return the tokens that a sequence can have at most, by the model and by its cache."""
+        cache: Any = self.recipe.cache
+        ends = (self.shape.max_positions, getattr(cache, "max_tokens", None))
+        return min((end for end in ends if end is not None), default=None)
+
     @cached_property
     def lengths(self) -> tuple[int, int]:
-        """Return the tokens of the recipe's prompt and answer, within the model's context."""
+        """Return the tokens of the recipe's prompt and answer, as far as they can go."""
         decode: Any = self.recipe.decode
         new = int(decode.max_new_tokens)
-        prompt, limit = self.recipe.workload.prompt_tokens, self.shape.max_positions
+        prompt, limit = self.recipe.workload.prompt_tokens, self.limit
         if limit is not None:
             prompt = max(min(prompt, limit - new), min(prompt, limit // 2), 1)
             new = max(min(new, limit - prompt), 1)

@@ -11,7 +11,7 @@ from engine.errors import CheckpointError, Problem
 from engine.planning.passes import Pass, Pricer
 from engine.planning.speed import FIXES
 from engine.recipe import Recipe
-from engine.shape import ModelShape
+from engine.shape import RECURRENT, ModelShape
 from engine.target import Target
 from engine.verdict import Verdict, check
 
@@ -117,7 +117,7 @@ class Plan:
 
         None where nothing limits them, 0 where not even one fits.
         """
-        limit = self.shape.max_positions
+        limit = self.pricer.limit
         return _most(lambda tokens: self._fits_with(self.batch, tokens), limit or FARTHEST, limit)
 
     @cached_property
@@ -131,6 +131,13 @@ class Plan:
         """Return the pass of a token in the middle of the answer, which stands for all."""
         half = max((self.new_tokens + 1) // 2, 1)
         return self.pricer.token(self.batch, self.prompt_tokens, self.new_tokens, at=half)
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what is done with the choices, and what the plan leaves out."""
+        states = sum(kind in RECURRENT for kind in self.shape.layer_types)
+        left_out = f"the states of {states} layers without keys and values are not counted"
+        return [*self.verdict.notes, *([left_out] if states else [])]
 
     def _fits_with(self, batch: int, tokens: int) -> bool:
         usable = self.target.usable_bytes
@@ -159,10 +166,8 @@ class Plan:
                 "prompt_tokens": self.prompt_tokens,
                 "new_tokens": self.new_tokens,
             },
-            "terms": dict(self.token.held),
-            "prefill": {"terms": dict(self.prompt.passing), "peak_bytes": self.prompt.peak_bytes},
-            "decode": {"terms": dict(self.token.passing), "peak_bytes": self.token.peak_bytes},
-            "reserve_bytes": self.peak.reserve,
+            "prefill": self.prompt.as_dict(),
+            "decode": self.token.as_dict(),
             "tensor_bytes": self.peak.tensor_bytes,
             "peak_bytes": self.peak_bytes,
             "usable_bytes": self.target.usable_bytes,
@@ -181,7 +186,7 @@ class Plan:
             },
             "rates": "" if self.pricer.rates is None else self.pricer.rates.origin,
             "problems": [problem.as_dict() for problem in self.verdict.problems],
-            "notes": self.verdict.notes,
+            "notes": self.notes,
         }
 
 

@@ -44,6 +44,8 @@ class Rates:
     """Seconds of every pass beside its terms."""
     reserve: int | None = None
     """Bytes that the process takes beside its tensors; None where nobody has measured that."""
+    retained: float = 1.0
+    """How much memory a byte takes that passes: allocators keep some of what they get back."""
     origin: str = ""
     """Where these figures are from."""
 

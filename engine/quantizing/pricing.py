@@ -84,7 +84,7 @@ def terms(
         rate=packing.rate or context.dtype or "float32",
     )
     yield Term(
-        name="unpacked weights",
+        name="workspace of products",
         bytes=space,
         during="pass",
         moved=packing.unpacked * numbers,

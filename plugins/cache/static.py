@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching.layers import layers_kept
+from engine.caching.layers import kept_by_type, layers_kept
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
 from engine.rules import Rule
@@ -69,9 +69,9 @@ class Static:
         layers = layers_kept(context.shape, tokens, newest=True)
         kept = context.batch * sum(values * length for _, values, length in layers)
         written = context.rows * sum(context.shape.kv_values)
+        yield from kept_by_type(context, kept * context.value_bytes, tokens, newest=True)
         yield Term(
             name="KV cache",
-            bytes=kept * context.value_bytes,
             launches=2 * context.shape.layers,
             moved=2 * written * context.value_bytes,
         )

@@ -135,6 +135,7 @@ class Transformers:
         )
         if "offload_folder" in options:
             weakref.finalize(model, shutil.rmtree, options["offload_folder"], ignore_errors=True)
+        loading.own(model)
         self._placement.verify(model)
         reshaped = [p for each in context.converters for p in each.source_patterns]
         if config.get("quantization_config") is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 from engine.contexts import CheckContext, EstimateContext, Receipt, Term
 from engine.errors import Problem
 from engine.loading import checkpoint
+from engine.plugins.quantize import bitsandbytes, quanto
 from engine.probe import Probe
 from engine.session import Session
 from engine.shape import ModelShape, read_shape
+from engine.tensors import plain_parts
 from engine.verdict import Verdict
 
 IDS = torch.tensor([[3, 14, 15, 92, 65, 35, 89, 79]])
@@ -60,6 +62,13 @@ def terms(
         if not term.during:
             held[term.name] = held.get(term.name, 0) + term.bytes
     return [Term(name=name, bytes=size) for name, size in held.items() if size]
+
+
+def held(
+    plugin: Any, shape: ModelShape, tokens: int, batch: int = 1, dtype: str = "float32"
+) -> int:
+    """Return the bytes that a plugin's estimate says to be held, all terms together."""
+    return sum(term.bytes for term in terms(plugin, shape, tokens, batch, dtype))
 
 
 def priced(found: Verdict) -> dict[str, int]:
@@ -113,3 +122,30 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 def relative(found: torch.Tensor, reference: torch.Tensor) -> float:
     """Return the error's norm over the reference's."""
     return float((found - reference).norm() / reference.norm())
+
+
+def packed_parts(session: Session) -> Iterator[tuple[Any, list[torch.Tensor]]]:
+    """Yield each packed layer, and all tensors that stand for its weight, the codes first."""
+    model: Any = session.model
+    for module in model.modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+            yield module, list(bitsandbytes._parts(module))
+        elif type(module).__name__ == "QLinear":
+            yield module, list(quanto._parts(module))
+        elif hasattr(getattr(module, "weight", None), "__tensor_flatten__"):
+            yield module, list(plain_parts(module.weight))
+
+
+def allocated(session: Session) -> dict[str, int]:
+    """Return the bytes that are really held: of plain weights, of codes, and of scales."""
+    model = session.model
+    packed = list(packed_parts(session))
+    seen = {id(each) for module, parts in packed for each in (module.weight, *parts)}
+    saved = set(model.state_dict())
+    held = [*model.named_parameters(), *model.named_buffers()]
+    rest = [each.nbytes for name, each in held if name in saved and id(each) not in seen]
+    return {
+        "weights": sum(rest),
+        "packed weights": sum(parts[0].nbytes for _, parts in packed),
+        "scales": sum(part.nbytes for _, parts in packed for part in parts[1:]),
+    }

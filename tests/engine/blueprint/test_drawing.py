@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from engine.blueprint import drawing
+from engine.recipe import shipped_folder
 from engine.shape import read_shape
 from tests.models import FAMILIES, tiny_config
 
@@ -22,6 +26,8 @@ RENAMED = ("camembert", "xlm-roberta")
 
 UNKNOWN = ("gpt-sw3",)
 """A model type that stands in no config.json: theirs say gpt2."""
+
+SHIPPED = sorted(file.stem for file in Path(shipped_folder() / "model").glob("*.yaml"))
 
 
 def on_meta(config: Any) -> dict[str, tuple[int, ...]]:
@@ -44,6 +50,21 @@ def test_it_has_the_parameters_of_the_model(family: str) -> None:
     assert drawn(saved) == on_meta(config)
     shape = read_shape(saved)
     assert shape.parameters == sum(torch.Size(size).numel() for size in on_meta(config).values())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_known_models_have_the_parameters_that_are_stated_and_that_transformers_makes(
+    name: str,
+) -> None:
+    text = (shipped_folder() / "model" / f"{name}.yaml").read_text("utf-8")
+    config = yaml.safe_load(text)["config"]
+    parameters = read_shape(config).parameters
+    reference = on_meta(AutoConfig.for_model(**config))
+    assert parameters == sum(torch.Size(size).numel() for size in reference.values())
+    stated = re.match(r"# .*, (\d+)(\.\d+)? billion weights", text)
+    assert stated is not None
+    billions, decimals = "".join(filter(None, stated.groups())), len(stated[2] or ".") - 1
+    assert round(parameters / 1e9, decimals) == float(billions)
 
 
 @pytest.mark.slow

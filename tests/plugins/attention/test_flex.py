@@ -13,7 +13,7 @@ from engine.plugins.attention.flex import Flex
 from engine.verdict import check
 from tests.conftest import Build
 from tests.plain import greedy
-from tests.plugins.helpers import logits, plain, receipt, relative, verdict
+from tests.plugins.helpers import IDS, logits, plain, receipt, relative, verdict
 
 MODEL_ONLY = {trait: rule for trait, rule in Flex.needs.items() if trait != "target.cuda"}
 
@@ -63,5 +63,6 @@ def test_another_attention_is_no_proof(build: Build) -> None:
 def test_logits_equal_those_of_eager_on_a_gpu(build: Build, family: str) -> None:
     session = build("attention=flex", family=family)
     reference = logits(plain(Path(session.recipe.model.path)))
-    assert relative(logits(session.model).cpu(), reference) < 1e-2  # tf32 in triton's products
+    found = logits(session.model, IDS.to(session.device)).cpu()
+    assert relative(found, reference) < 1e-2  # tf32 in triton's products
     assert session.generate(["def add(a, b):", "x"])

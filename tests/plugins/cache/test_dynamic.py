@@ -11,7 +11,7 @@ import torch
 from engine.contexts import CacheContext
 from engine.plugins.cache.dynamic import Dynamic
 from tests.conftest import Build
-from tests.plugins.helpers import plain, probe, receipt, shape_of, terms, verdict
+from tests.plugins.helpers import held, plain, probe, receipt, shape_of, verdict
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,10 @@ def test_it_is_as_large_as_estimated(build: Build, family: str) -> None:
     session = build(family=family)
     evidence = receipt(session, "cache").evidence
     shape = shape_of(Path(session.recipe.model.path))
-    (term,) = terms(Dynamic(), shape, tokens=9)
-    assert evidence["bytes"] == term.bytes
+    planned = held(Dynamic(), shape, tokens=9)
+    assert evidence["bytes"] == planned
     assert evidence["tokens held"] == evidence["tokens sent"] == 9
-    assert (
-        terms(Dynamic(), shape, tokens=9, batch=3, dtype="bfloat16")[0].bytes == term.bytes * 3 / 2
-    )
+    assert held(Dynamic(), shape, tokens=9, batch=3, dtype="bfloat16") == planned * 3 / 2
 
 
 def test_a_sliding_layer_keeps_its_window_only(build: Build) -> None:
@@ -36,14 +34,13 @@ def test_a_sliding_layer_keeps_its_window_only(build: Build) -> None:
     assert cache is not None
     with torch.no_grad():
         session.model(input_ids=torch.arange(50)[None] + 3, past_key_values=cache)
-    (term,) = terms(Dynamic(), shape_of(Path(session.recipe.model.path)), tokens=50)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == term.bytes
+    planned = held(Dynamic(), shape_of(Path(session.recipe.model.path)), tokens=50)
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == planned
 
 
 def test_the_dtype_of_the_checkpoint_counts(model: object, build: Build) -> None:
     shape = shape_of(Path(build().recipe.model.path))
-    exact, stored = (terms(Dynamic(), shape, 9, dtype=name)[0] for name in ("float32", "auto"))
+    exact, stored = (held(Dynamic(), shape, 9, dtype=name) for name in ("float32", "auto"))
     assert shape.dtype == "float32"
     assert exact == stored
 

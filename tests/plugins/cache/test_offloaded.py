@@ -9,7 +9,7 @@ import pytest
 from engine.errors import RecipeError
 from engine.plugins.cache.offloaded import Offloaded
 from tests.conftest import Build
-from tests.plugins.helpers import receipt, shape_of, terms, verdict
+from tests.plugins.helpers import held, receipt, shape_of, verdict
 
 
 def test_it_is_refused_without_cuda(build: Build) -> None:
@@ -20,10 +20,10 @@ def test_it_is_refused_without_cuda(build: Build) -> None:
 
 def test_two_layers_are_on_the_gpu(build: Build) -> None:
     shape = shape_of(Path(build().recipe.model.path))
-    (term,) = terms(Offloaded(), shape, 9)
-    assert term.bytes == 2 * 9 * 64 * 4
+    planned = held(Offloaded(), shape, 9)
+    assert planned == 2 * 9 * 64 * 4
     hybrid = shape_of(Path(build(family="lfm2").recipe.model.path))
-    assert terms(Offloaded(), hybrid, 9)[0].bytes == 9 * 64 * 4
+    assert held(Offloaded(), hybrid, 9) == 9 * 64 * 4
 
 
 def test_a_cache_that_stays_is_no_proof(build: Build) -> None:

@@ -14,7 +14,7 @@ from engine.contexts import CacheContext
 from engine.plugins.cache.quantized import IntegerLayer, Quantized
 from tests.conftest import Build
 from tests.plugins.cache.evicted import batch, in_pieces, positions
-from tests.plugins.helpers import hints, plain, probe, receipt, relative, shape_of, terms, verdict
+from tests.plugins.helpers import held, hints, plain, probe, receipt, relative, shape_of, verdict
 
 STATED = {8: 0.04, 4: 0.3}
 """Bits → the largest error that the docstring states."""
@@ -52,8 +52,8 @@ def test_it_is_as_large_as_estimated(model: Callable[[str], Path], family: str) 
         for tokens in (7, 16, 24, 25, 61):
             cache = fresh(options, reference_model)
             in_pieces(reference_model, cache, ids, mask, (tokens - 3, 1, 1, 1))
-            (term,) = terms(options, shape, tokens, batch=2)
-            assert measure(cache)["bytes"] == term.bytes
+            planned = held(options, shape, tokens, batch=2)
+            assert measure(cache)["bytes"] == planned
 
 
 @pytest.mark.parametrize("bits", [4, 8])

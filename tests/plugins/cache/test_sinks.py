@@ -14,7 +14,7 @@ from engine.contexts import CacheContext
 from engine.plugins.cache.sinks import Sinks
 from tests.conftest import Build
 from tests.plugins.cache.evicted import batch, in_pieces, reference
-from tests.plugins.helpers import hints, plain, probe, receipt, shape_of, terms, verdict
+from tests.plugins.helpers import held, hints, plain, probe, receipt, shape_of, verdict
 
 SINKS, WINDOW = 3, 17
 WORDS = ("cache=sinks", f"cache.sinks={SINKS}", f"cache.window={WINDOW}")
@@ -72,8 +72,8 @@ def test_it_is_as_large_as_estimated(model: Callable[[str], Path], family: str) 
         cache = Sinks(sinks=SINKS, window=WINDOW).cache(context).cache
         ids, mask = batch((tokens, tokens), tokens)
         in_pieces(reference_model, cache, ids, mask, (tokens,))
-        (term,) = terms(Sinks(sinks=SINKS, window=WINDOW), shape_of(model(family)), tokens, batch=2)
-        assert measure(cache)["bytes"] == term.bytes
+        planned = held(Sinks(sinks=SINKS, window=WINDOW), shape_of(model(family)), tokens, batch=2)
+        assert measure(cache)["bytes"] == planned
 
 
 def test_what_cannot_be_is_refused(model: Callable[[str], Path]) -> None:

@@ -15,7 +15,7 @@ from engine.contexts import CacheContext
 from engine.plugins.cache.sliding import Sliding
 from tests.conftest import Build
 from tests.plugins.cache.evicted import batch, in_pieces, positions, reference
-from tests.plugins.helpers import hints, plain, probe, receipt, refusals, shape_of, terms, verdict
+from tests.plugins.helpers import held, hints, plain, probe, receipt, refusals, shape_of, verdict
 
 WINDOW = 17
 PIECES = (40, 1, 1, 9, 1, 8)
@@ -76,8 +76,8 @@ def test_it_is_as_large_as_estimated(model: Callable[[str], Path], family: str) 
         cache = Sliding(window=WINDOW).cache(context).cache
         ids, mask = batch((tokens, tokens), tokens)
         in_pieces(reference_model, cache, ids, mask, (tokens,))
-        (term,) = terms(Sliding(window=WINDOW), shape_of(model(family)), tokens, batch=2)
-        assert measure(cache)["bytes"] == term.bytes
+        planned = held(Sliding(window=WINDOW), shape_of(model(family)), tokens, batch=2)
+        assert measure(cache)["bytes"] == planned
         assert measure(cache)["tokens held"] == min(tokens, WINDOW - 1)
 
 

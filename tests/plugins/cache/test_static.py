@@ -12,7 +12,7 @@ from engine.contexts import CacheContext
 from engine.errors import RecipeError, RuntimeFailure
 from engine.plugins.cache.static import Static
 from tests.conftest import Build
-from tests.plugins.helpers import hints, probe, receipt, shape_of, terms, verdict
+from tests.plugins.helpers import held, hints, probe, receipt, shape_of, verdict
 
 
 @pytest.mark.parametrize(
@@ -22,8 +22,8 @@ def test_it_is_as_large_as_estimated(build: Build, family: str) -> None:
     session = build("cache=static", family=family)
     evidence = receipt(session, "cache").evidence
     allocated = int(evidence["tokens allocated"])
-    (term,) = terms(Static(), shape_of(Path(session.recipe.model.path)), tokens=allocated)
-    assert evidence["bytes"] == term.bytes
+    planned = held(Static(), shape_of(Path(session.recipe.model.path)), tokens=allocated)
+    assert evidence["bytes"] == planned
     assert evidence["tokens held"] == 9
 
 
@@ -35,7 +35,7 @@ def test_max_tokens_bounds_it(build: Build) -> None:
         assert cache is not None
         assert int(cache.get_max_length()) == length
     shape = shape_of(Path(session.recipe.model.path))
-    assert terms(Static(max_tokens=32), shape, 50) == terms(Static(), shape, 32)
+    assert held(Static(max_tokens=32), shape, 50) == held(Static(), shape, 32)
 
 
 def test_what_does_not_fit_is_a_failure_in_words(build: Build) -> None:

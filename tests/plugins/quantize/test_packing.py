@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,20 @@ from engine.plugins.quantize import bitsandbytes, quanto
 from engine.quantizing import packing
 from engine.recipe import compose
 from engine.session import Session
-from engine.tensors import plain_parts
 from tests.conftest import Build
 from tests.models import FAMILIES, tiny_model
-from tests.plugins.helpers import altered, hints, logits, plain, receipt, relative, shape_of, terms
+from tests.plugins.helpers import (
+    allocated,
+    altered,
+    hints,
+    logits,
+    packed_parts,
+    plain,
+    receipt,
+    relative,
+    shape_of,
+    terms,
+)
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "none": ("quantize=none",),
@@ -51,33 +61,6 @@ ERRORS = {
     "quanto-int4": 0.65,
 }
 """Of logits, on random models 64 wide: far above what a trained model of real width shows."""
-
-
-def packed_parts(session: Session) -> Iterator[tuple[Any, list[torch.Tensor]]]:
-    """Yield each packed layer, and all tensors that stand for its weight, the codes first."""
-    model: Any = session.model
-    for module in model.modules():
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-            yield module, list(bitsandbytes._parts(module))
-        elif type(module).__name__ == "QLinear":
-            yield module, list(quanto._parts(module))
-        elif hasattr(getattr(module, "weight", None), "__tensor_flatten__"):
-            yield module, list(plain_parts(module.weight))
-
-
-def allocated(session: Session) -> dict[str, int]:
-    """Return the bytes that are really held: of plain weights, of codes, and of scales."""
-    model = session.model
-    packed = list(packed_parts(session))
-    seen = {id(each) for module, parts in packed for each in (module.weight, *parts)}
-    saved = set(model.state_dict())
-    held = [*model.named_parameters(), *model.named_buffers()]
-    rest = [each.nbytes for name, each in held if name in saved and id(each) not in seen]
-    return {
-        "weights": sum(rest),
-        "packed weights": sum(parts[0].nbytes for _, parts in packed),
-        "scales": sum(part.nbytes for _, parts in packed for part in parts[1:]),
-    }
 
 
 def priced(session: Session) -> dict[str, int]:

@@ -1,0 +1,317 @@
+"""Measure this machine: run a recipe's choices on stand-ins of several sizes, and fit the figures.
+
+What a step of a narrow model takes is starting operators; of two such models the deeper one tells
+how long that takes. What a wide model takes more is moving weights, and in the pass of a prompt,
+arithmetic. The stand-ins are Llamas with random weights, and go through the engine as any model.
+
+A GPU moves the weights of a stand-in while operators are started, which then does not show: there
+a product by a large matrix tells how fast it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError, Problem, RecipeError
+from engine.planning.calibration import Calibration, Point, save
+from engine.planning.passes import Pass, Pricer
+from engine.recipe import Model, Recipe, Workload, shipped_folder
+from engine.target import Target, detect
+
+if TYPE_CHECKING:
+    from engine.contexts import Figures
+    from engine.session import Session
+
+NEW = 16
+"""Tokens of the answers."""
+REPEATS = 20
+"""Steps in which bandwidth and arithmetic are told apart."""
+ROUNDS = 3
+"""Answers that are measured, after one that is not."""
+
+VOCABULARY = 2048
+"""Of the tokenizer that comes with the engine."""
+LIMIT = 768
+"""Positions of a stand-in beyond its prompt."""
+MATRIX = 2**14
+"""Rows and columns of the matrix whose reading is timed: far larger than a device's caches."""
+
+
+@dataclass(frozen=True)
+class Rig:
+    """What is run to measure a kind of device."""
+
+    sizes: Mapping[str, tuple[int, int, int]]
+    """Stand-in → hidden size, inner size, layers. 'narrow' and 'deep' differ in layers only."""
+    points: tuple[str, ...]
+    """Those that tell bandwidth and arithmetic, from small to large."""
+    prompt: int
+    """Tokens of the prompts."""
+
+
+NARROW, DEEP = (64, 192, 2), (64, 192, 10)
+RIGS = {
+    "cpu": Rig(
+        sizes={"narrow": NARROW, "deep": DEEP, "small": (256, 704, 4), "wide": (1024, 2816, 3)},
+        points=("small", "wide"),
+        prompt=256,
+    ),
+    "cuda": Rig(
+        sizes={"narrow": NARROW, "deep": DEEP, "wide": (4096, 11008, 3)},
+        points=("wide",),
+        prompt=4096,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one stand-in took."""
+
+    prices: Mapping[str, Pass]
+    """'prompt', 'token' → what the plan counts in their passes."""
+    seconds: Mapping[str, float]
+    """The same → medians."""
+    peak_bytes: int
+    """In the long prompt's run."""
+
+
+def calibrate(
+    recipe: Recipe, *, progress: Callable[[str], None] = lambda step: None
+) -> Calibration:
+    """Measure what this machine does with the choices of a recipe, and keep it.
+
+    Raises:
+        RecipeError: when the choices do not run on a stand-in here.
+    """
+    kind = detect().kind
+    rig = RIGS["cpu" if kind == "cpu" else "cuda"]
+    found = {}
+    for name, size in rig.sizes.items():
+        progress(f"measuring a {name} model")
+        with _folder(size, positions=rig.prompt + LIMIT) as folder:
+            found[name] = _measure(_standing_in(recipe, folder, rig.prompt), rig.prompt)
+    dtype = found["narrow"].prices["token"].context.dtype or "float32"
+    reading = None if kind == "cpu" else _reading(kind)
+    fitted = fit(found, rig.points, reading)
+    save(recipe, dtype, fitted)
+    return fitted
+
+
+def fit(
+    found: Mapping[str, Measured], points: Sequence[str], reading: float | None = None
+) -> Calibration:
+    """Return the figures that give back what the stand-ins took.
+
+    Args:
+        points: names of those that tell bandwidth and arithmetic.
+        reading: bytes per second of a device that reads while operators are started.
+    """
+    launch, fixed = _launching(found["narrow"], found["deep"])
+    reserve, retained = None, 1.0  # what an allocator of the device counts is tensors alone
+    if reading is None:
+        reserve, retained = _memory(found["narrow"], found["wide"])
+    return Calibration(
+        launch=launch,
+        fixed=fixed,
+        points=tuple(
+            _point(found[name], launch, fixed)
+            if reading is None
+            else _point_of_prompt(found[name], reading)
+            for name in points
+        ),
+        reserve=reserve,
+        retained=retained,
+        measured=date.today().isoformat(),
+    )
+
+
+def _launching(narrow: Measured, deep: Measured) -> tuple[float, float]:
+    """Return the seconds of an operator, and those of a pass beside."""
+    ours, theirs = (_work(each.prices["token"])[0] for each in (narrow, deep))
+    taken = deep.seconds["token"] - narrow.seconds["token"]
+    launch = max(taken / (theirs - ours), 1e-7)
+    return launch, narrow.seconds["token"] - launch * ours
+
+
+def _point(measured: Measured, launch: float, fixed: float) -> Point:
+    """Return bandwidth and arithmetic: two unknowns, of a token's pass and a long prompt's."""
+    passes = [(measured.prices[name], measured.seconds[name]) for name in ("token", "prompt")]
+    rests = [
+        max(seconds - fixed - launch * _work(priced)[0], seconds / 20) for priced, seconds in passes
+    ]
+    (_, moved, _), (_, _, flops) = (_work(priced) for priced, _ in passes)
+    per_byte, per_flop = rests[0] / moved, rests[1] / flops
+    for _ in range(REPEATS):
+        # What one term moves and computes goes on at once: the slower of the two counts.
+        (moved, few), (more, flops) = (_slower(priced, per_byte, per_flop) for priced, _ in passes)
+        if moved:
+            per_byte = max(rests[0] - few * per_flop, rests[0] / 20) / moved
+        if flops:
+            per_flop = max(rests[1] - more * per_byte, rests[1] / 20) / flops
+    return Point(bytes=passes[0][0].weight_bytes, bandwidth=1 / per_byte, flops=1 / per_flop)
+
+
+def _point_of_prompt(measured: Measured, reading: float) -> Point:
+    """Return the arithmetic, of a device whose bandwidth is known and that waits for nothing."""
+    priced, seconds = measured.prices["prompt"], measured.seconds["prompt"]
+    per_flop = 1e-15
+    for _ in range(REPEATS):
+        moved, flops = _slower(priced, 1 / reading, per_flop)
+        per_flop = max(seconds - moved / reading, seconds / 20) / flops
+    return Point(bytes=measured.prices["token"].weight_bytes, bandwidth=reading, flops=1 / per_flop)
+
+
+def _slower(priced: Pass, per_byte: float, per_flop: float) -> tuple[float, float]:
+    """Return the bytes of the terms that wait for memory, and the operations of those that do not.
+
+    Args:
+        per_byte: seconds to move one.
+        per_flop: seconds of an operation.
+    """
+    moved, flops = 0.0, 0.0
+    for term in priced.terms:
+        if term.moved * per_byte >= term.flops * per_flop:
+            moved += term.moved
+        else:
+            flops += term.flops
+    return moved, flops
+
+
+def _memory(narrow: Measured, wide: Measured) -> tuple[int, float]:
+    """Return what the process takes, and what it keeps of a byte that passes."""
+    held = [sum(each.prices["prompt"].held.values()) for each in (narrow, wide)]
+    passing = [sum(each.prices["prompt"].passing.values()) for each in (narrow, wide)]
+    rest = [each.peak_bytes - size for each, size in zip((narrow, wide), held, strict=True)]
+    retained = max((rest[1] - rest[0]) / max(passing[1] - passing[0], 1), 1.0)
+    return max(int(rest[0] - retained * passing[0]), 0), retained
+
+
+def _work(priced: Pass) -> tuple[float, float, float]:
+    """Return operators, bytes and operations of a pass."""
+    launches = sum(term.launches for term in priced.terms)
+    moved = sum(term.moved for term in priced.terms)
+    return launches, moved, sum(term.flops for term in priced.terms)
+
+
+def _reading(kind: str) -> float:
+    """Return the bytes per second of a product by a matrix, as a step of one token is."""
+    import torch
+
+    matrix = torch.ones(MATRIX, MATRIX, dtype=torch.float16, device=kind)
+    vector = torch.ones(MATRIX, dtype=torch.float16, device=kind)
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        torch.accelerator.synchronize()
+        start = time.perf_counter()
+        for _ in range(REPEATS):
+            matrix @ vector
+        torch.accelerator.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return REPEATS * matrix.nbytes / statistics.median(seconds[1:])
+
+
+def _standing_in(recipe: Recipe, folder: Path, prompt: int) -> Recipe:
+    """Return the recipe with a stand-in for its model, its checkpoint and its lengths."""
+    from engine.recipe import compose
+
+    plain = compose("base", [f"model.path={folder}", "load=random", "load.on_device=true"])
+    asked: Any = recipe.decode
+    # A context of its own would be another one there.
+    cache: Any = recipe.cache
+    if getattr(cache, "max_tokens", None):
+        cache = replace(cache, max_tokens=None)
+    return replace(
+        recipe,
+        model=Model(path=str(folder), dtype=recipe.model.dtype),
+        target=Target(),
+        load=plain.load,
+        heads=plain.heads,
+        cache=cache,
+        decode=replace(asked, max_new_tokens=NEW, stop=[]),
+        task=plain.task,
+        observe=None,
+        workload=Workload(batch=1, prompt_tokens=prompt),
+        choices={**recipe.choices, "load": "random", "heads": "native"},
+    )
+
+
+def _measure(recipe: Recipe, prompt: int) -> Measured:
+    from engine.builder import build
+
+    try:
+        with build(recipe) as session:
+            pricer = Pricer(recipe, session.hooks, session.shape, detect(), None)
+            prices = {
+                "prompt": pricer.prompt(1, prompt, NEW),
+                "token": pricer.token(1, prompt, NEW, at=NEW // 2),
+            }
+            runs = [answer(session, prompt) for _ in range(ROUNDS + 1)][1:]
+    except EngineError as error:
+        problems = [
+            Problem(
+                message=f"these choices do not run on a stand-in here: {problem.message}",
+                hint=problem.hint,
+                code="calibration",
+                slot=problem.slot,
+            )
+            for problem in error.problems
+        ]
+        raise RecipeError(problems) from error
+    seconds = {
+        "prompt": statistics.median(run.time_to_first_token for run in runs),
+        "token": statistics.median(1 / (run.tokens_per_second or 1.0) for run in runs),
+    }
+    return Measured(prices, seconds, max(run.peak_memory_bytes for run in runs))
+
+
+def answer(session: Session, tokens: int) -> Figures:
+    """Answer a prompt of so many tokens, and return the figures."""
+    from engine import generate
+
+    ids = [3 + n % (VOCABULARY - 3) for n in range(tokens)]
+    values, room = generate.begin(session, ids)
+    clock, last = generate.Clock(session), None
+    new = min(int(session.recipe.decode.max_new_tokens), room)
+    count = 0
+    for step in generate.steps(session, [ids], values.cache, new, clock):
+        last, count = step, count + 1
+    return clock.figures(tokens, count, last)
+
+
+@contextmanager
+def _folder(size: tuple[int, int, int], positions: int) -> Iterator[Path]:
+    """Write config and tokenizer of a stand-in."""
+    hidden, inner, layers = size
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": max(hidden // 128, 1),
+        "head_dim": 32,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": None,
+        "torch_dtype": "float32",
+    }
+    with tempfile.TemporaryDirectory(prefix="engine-calibrate-") as folder:
+        place = Path(folder)
+        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        for each in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(shipped_folder() / "embedded" / each, place / each)
+        yield place

@@ -1,0 +1,204 @@
+"""What to change so that a recipe fits its target: the smallest changes, by what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from engine import recipe as recipes
+from engine.composing.library import Library
+from engine.errors import EngineError
+from engine.planning.devices import known_targets
+from engine.planning.planner import Plan, plan
+from engine.recipe import Recipe, Schema
+from engine.registry import installed
+
+SLOTS = ("attention", "cache", "quantize")
+"""Where a choice can make a recipe smaller."""
+
+LOSES = ("weights.packed", "cache.quantized", "cache.evicting", "attention.window")
+"""Traits of choices that may change the answers."""
+
+MOST = 6
+"""Changes of choices that are shown."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that makes a recipe fit."""
+
+    overrides: tuple[str, ...]
+    """What to type behind the recipe's name."""
+    costs: str
+    """What is given up for it, in words."""
+    plan: Plan
+    lost: float = 0.0
+    """Share of the bits of weights, keys and values that it gives up; 0 where it is exact."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what `--json` prints."""
+        return {
+            "overrides": list(self.overrides),
+            "costs": self.costs,
+            "peak_bytes": self.plan.peak_bytes,
+            "decode_tokens_per_second": self.plan.tokens_per_second,
+        }
+
+
+def suggest(found: Plan) -> list[Suggestion]:
+    """Return what makes a plan fit that does not: other choices, smaller workloads, other targets.
+
+    Choices come first, those that are exact before those that round, and faster ones before slower
+    ones; then asking for less; last the smallest target where it fits as it is.
+    """
+    if found.fits is not False:
+        return []
+    choices = _choices(found)
+    choices.sort(key=lambda each: (round(each.lost, 2), -(each.plan.tokens_per_second or 0.0)))
+    return [*choices[:MOST], *_asking_for_less(found), *_elsewhere(found)]
+
+
+def _choices(found: Plan) -> list[Suggestion]:
+    alternatives = {slot: list(_alternatives(found, slot)) for slot in SLOTS}
+    singles = [
+        each
+        for slot in SLOTS
+        for name, plugin in alternatives[slot]
+        if (each := _tried(found, {slot: (name, plugin)})) is not None
+    ]
+    if singles:
+        return singles
+    # Two slots at once, where one is not enough.
+    pairs = [
+        {one: first, other: second}
+        for one, other in (("quantize", "cache"), ("quantize", "attention"))
+        for first, second in product(alternatives[one], alternatives[other])
+    ]
+    return [each for pair in pairs if (each := _tried(found, pair)) is not None]
+
+
+def _alternatives(found: Plan, slot: str) -> Iterator[tuple[str, Any]]:
+    """Yield the other choices of a slot that make its part of the plan smaller, with plugins."""
+    library = Library(recipes.search_folders(), recipes.installed_folders(), Schema)
+    seen = [getattr(found.recipe, slot)]
+    for name in (*installed()[slot], *library.files(slot)):
+        try:
+            plugin = _plugin(library, slot, name)
+        except (EngineError, ValueError, TypeError, LookupError):
+            continue  # broken, or more than a preset of values
+        if plugin in seen:
+            continue
+        seen.append(plugin)
+        if _smaller(found, slot, plugin):
+            yield name, plugin
+
+
+def _plugin(library: Library, slot: str, name: str) -> Any:
+    """Make a plugin with its defaults, or with the values of a preset."""
+    from omegaconf import OmegaConf
+
+    node = library.options(slot, name)
+    if node is not None:
+        return OmegaConf.to_object(node)
+    part = library.part(f"{slot}/{name}")
+    assert part is not None
+    bases = [entry.choice for entry, _ in part.defaults if entry is not None]
+    (base,) = [choice for choice in bases if choice is not None]
+    plugin = _plugin(library, slot, base)
+    merged = OmegaConf.merge(OmegaConf.structured(plugin), part.values)
+    return OmegaConf.to_object(merged)
+
+
+def _smaller(found: Plan, slot: str, plugin: Any) -> bool:
+    """Tell whether a choice takes less than the one it would replace, by its own estimate."""
+    one = found.pricer.hooks.slot(slot)
+
+    def own(of: Any) -> int:
+        from engine.calls import Chosen
+        from engine.hooks import Hooks
+
+        hooks = Hooks([Chosen(slot, one.choice, of)])
+        changed = replace(found.recipe, **{slot: of})
+        contexts = (found.prompt.context, found.token.context)
+        return max(
+            sum(term.bytes for term in hooks.estimate(replace(context, recipe=changed)))
+            for context in contexts
+        )
+
+    try:
+        return own(plugin) < own(one.plugin)
+    except (EngineError, TypeError, AttributeError):
+        return False
+
+
+def _tried(found: Plan, changes: Mapping[str, tuple[str, Any]]) -> Suggestion | None:
+    """Return a change if the recipe is sound with it, and fits."""
+    words = {slot: name for slot, (name, _) in changes.items()}
+    changed = replace(
+        found.recipe,
+        choices={**found.recipe.choices, **words},
+        **{slot: plugin for slot, (_, plugin) in changes.items()},
+    )
+    made = _planned(changed)
+    if made is None or made.verdict.problems:
+        return None
+    lost = max(0.0, 1 - _kept(made, found))
+    loses = any(set(getattr(plugin, "provides", ())) & set(LOSES) for _, plugin in changes.values())
+    costs = f"may change answers: {1 - lost:.0%} of the bytes are left" if loses else "exact"
+    return Suggestion(
+        overrides=tuple(f"{slot}={name}" for slot, name in words.items()),
+        costs=costs,
+        plan=made,
+        lost=lost if loses else 0.0,
+    )
+
+
+def _kept(made: Plan, found: Plan) -> float:
+    """Return the share of what is held that is still held."""
+    return sum(made.token.held.values()) / max(sum(found.token.held.values()), 1)
+
+
+def _asking_for_less(found: Plan) -> Iterator[Suggestion]:
+    if found.batch > 1 and found.largest_batch:
+        yield from _workload(found, f"batches of {found.largest_batch}", batch=found.largest_batch)
+    longest = found.longest_context or 0
+    if longest > 1:
+        new = min(found.new_tokens, max(longest // 2, 1))
+        told = f"texts of {longest:,} tokens"
+        yield from _workload(found, told, new=new, prompt_tokens=longest - new)
+
+
+def _workload(
+    found: Plan, costs: str, *, new: int | None = None, **sizes: int
+) -> Iterator[Suggestion]:
+    workload = replace(found.recipe.workload, **sizes)
+    changed = replace(found.recipe, workload=workload)
+    words = [f"workload.{name}={size}" for name, size in sizes.items()]
+    if new is not None and new != found.recipe.decode.max_new_tokens:
+        changed = replace(changed, decode=replace(changed.decode, max_new_tokens=new))
+        words.append(f"decode.max_new_tokens={new}")
+    made = _planned(changed)
+    if made is not None and not made.verdict.problems:
+        yield Suggestion(tuple(words), costs, made)
+
+
+def _elsewhere(found: Plan) -> Iterator[Suggestion]:
+    """Yield the smallest target of the same kind where the recipe fits as it is."""
+    targets = [target for target in known_targets() if target.kind == found.target.kind]
+    targets.sort(key=lambda target: target.usable_bytes or 0)
+    for target in targets:
+        if (target.usable_bytes or 0) < found.peak_bytes:
+            continue
+        made = _planned(replace(found.recipe, target=target))
+        if made is not None and not made.verdict.problems:
+            yield Suggestion((f"target={target.name}",), "another device", made)
+            return
+
+
+def _planned(changed: Recipe) -> Plan | None:
+    try:
+        return plan(changed)
+    except EngineError:
+        return None
