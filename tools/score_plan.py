@@ -1,6 +1,6 @@
 """Score plans against runs on this machine: calibrate, run, compare, recipe by recipe, in turns.
 
-    .venv/bin/python tools/score_plan.py                     # half an hour on two cores
+    .venv/bin/python tools/score_plan.py                     # 25 minutes on two cores
     .venv/bin/python tools/score_plan.py --only nf4 --rounds 1
 
 Everything goes through the command line as a user's does, each in a process of its own: `engine
@@ -46,9 +46,7 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
     "multi-query": ("model.dtype=float32", "heads=mqa"),
     "static cache": ("model.dtype=float32", "cache=static"),
     "int8 cache": ("model.dtype=float32", "cache=int8"),
-    "no cache": ("model.dtype=float32", "cache=none"),
     "nf4": ("model.dtype=bfloat16", "quantize=nf4"),
-    "nf4-double": ("model.dtype=bfloat16", "quantize=nf4-double"),
     "LLM.int8": ("model.dtype=float32", "quantize=int8"),
     "torchao-int8": ("model.dtype=bfloat16", "quantize=torchao-int8"),
     "quanto-int8": ("model.dtype=bfloat16", "quantize=quanto-int8"),

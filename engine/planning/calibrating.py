@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError, Problem, RecipeError
 from engine.planning.calibration import Calibration, Point, save
 from engine.planning.passes import Pass, Pricer
+from engine.planning.speed import UNPACKING
 from engine.recipe import Model, Recipe, Workload, shipped_folder
 from engine.target import Target, detect
 
@@ -67,7 +68,7 @@ RIGS = {
         prompt=256,
     ),
     "cuda": Rig(
-        sizes={"narrow": NARROW, "deep": DEEP, "wide": (4096, 11008, 3)},
+        sizes={"narrow": NARROW, "deep": (64, 192, 34), "wide": (4096, 11008, 3)},
         points=("wide",),
         prompt=4096,
     ),
@@ -127,7 +128,7 @@ def fit(
         points=tuple(
             _point(found[name], launch, fixed)
             if reading is None
-            else _point_of_prompt(found[name], reading)
+            else _point_of_prompt(found[name], fixed, reading)
             for name in points
         ),
         reserve=reserve,
@@ -162,9 +163,9 @@ def _point(measured: Measured, launch: float, fixed: float) -> Point:
     return Point(bytes=passes[0][0].weight_bytes, bandwidth=1 / per_byte, flops=1 / per_flop)
 
 
-def _point_of_prompt(measured: Measured, reading: float) -> Point:
+def _point_of_prompt(measured: Measured, fixed: float, reading: float) -> Point:
     """Return the arithmetic, of a device whose bandwidth is known and that waits for nothing."""
-    priced, seconds = measured.prices["prompt"], measured.seconds["prompt"]
+    priced, seconds = measured.prices["prompt"], measured.seconds["prompt"] - max(fixed, 0.0)
     per_flop = 1e-15
     for _ in range(REPEATS):
         moved, flops = _slower(priced, 1 / reading, per_flop)
@@ -181,7 +182,7 @@ def _slower(priced: Pass, per_byte: float, per_flop: float) -> tuple[float, floa
     """
     moved, flops = 0.0, 0.0
     for term in priced.terms:
-        if term.moved * per_byte >= term.flops * per_flop:
+        if term.rate == UNPACKING or term.moved * per_byte >= term.flops * per_flop:
             moved += term.moved
         else:
             flops += term.flops
@@ -293,6 +294,7 @@ def answer(session: Session, tokens: int) -> Figures:
 def _folder(size: tuple[int, int, int], positions: int) -> Iterator[Path]:
     """Write config and tokenizer of a stand-in."""
     hidden, inner, layers = size
+    head = min(max(hidden // 32, 32), 128)
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -300,9 +302,9 @@ def _folder(size: tuple[int, int, int], positions: int) -> Iterator[Path]:
         "hidden_size": hidden,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 32,
-        "num_key_value_heads": max(hidden // 128, 1),
-        "head_dim": 32,
+        "num_attention_heads": hidden // head,
+        "num_key_value_heads": max(hidden // head // 4, 1),
+        "head_dim": head,
         "max_position_embeddings": positions,
         "tie_word_embeddings": False,
         "bos_token_id": 0,

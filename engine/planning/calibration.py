@@ -23,7 +23,7 @@ from typing import Any
 
 from engine.planning.devices import with_specification
 from engine.planning.passes import Pricer
-from engine.planning.speed import Rates
+from engine.planning.speed import UNPACKING, Rates
 from engine.planning.speed import rates as by_the_book
 from engine.recipe import Recipe
 from engine.target import Target, detect
@@ -44,7 +44,7 @@ class Point:
     bytes: int
     """Of its weights."""
     bandwidth: float
-    """Bytes per second that a step of one token moves."""
+    """Bytes per second that a step of one token moves, and unpacks on their way."""
     flops: float
     """Operations per second in the pass of a prompt."""
 
@@ -72,7 +72,7 @@ class Calibration:
         return Rates(
             launch=self.launch,
             bandwidth=self._between(weights, "bandwidth"),
-            flops=dict.fromkeys(formats, flops),
+            flops=dict.fromkeys(formats, flops) | {UNPACKING: math.inf},
             overlaps=overlaps,
             fixed=self.fixed,
             reserve=self.reserve,

@@ -16,6 +16,9 @@ LAUNCH_US = {"cuda": 12.0, "mps": 12.0}
 """Microseconds in which a computer starts an operator of transformers, where the target does not
 say: between the desktop and the server of the published rows."""
 
+UNPACKING = "unpacking"
+"""Rate of what is no product of matrices: as slow as the slowest format, or measured with bytes."""
+
 EFFICIENCY = {"bandwidth": 0.72, "tflops": 0.55}
 """Share of its specification that a device reaches, where the target does not say."""
 

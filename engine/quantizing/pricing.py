@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine.contexts import EstimateContext, Term
+from engine.planning.speed import UNPACKING
 from engine.quantizing.packing import matches
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Packing:
     unpacked: float = 0.0
     """Bytes per weight that are written and read again where a product needs plain weights."""
     flops: float = 0.0
-    """float32 operations per weight to unpack it."""
+    """Operations per weight to unpack it."""
     rate: str = ""
     """Number format of the products; '' for the model's."""
     workspace: Callable[[int, int, int], int] = lambda tokens, rows, columns: 0
@@ -89,7 +90,7 @@ def terms(
         during="pass",
         moved=packing.unpacked * numbers,
         flops=packing.flops * numbers,
-        rate="float32",
+        rate=UNPACKING,
     )
     yield from products(context, others)
 
