@@ -31,7 +31,7 @@ PAIRS = [
     ("gpt_bigcode", "quantize=nf4"),
     ("bloom", "quantize=int8"),
     ("mixtral", "quantize=nf4"),
-    ("deepseek_v3", "quantize=nf4"),
+    ("deepseek_v3", "quantize=quanto model.dtype=bfloat16"),
     ("gemma3", "quantize=int8"),
     ("phi3", "quantize=torchao model.dtype=bfloat16"),
     ("gpt_oss", "quantize=quanto model.dtype=bfloat16"),
