@@ -118,6 +118,11 @@ in a part of it. A pass needs what is always there, what lasts for it, and the l
 """
 
 
+UNPACKING = "unpacking"
+"""Rate of what is no product of matrices: by the book as slow as the target's slowest format; where
+the machine was measured, part of how fast it moves bytes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Term:
     """One named part of a pass: the memory that it holds, and the work that it is.
@@ -138,7 +143,7 @@ class Term:
     flops: float = 0.0
     """Floating point (or integer) operations; a product and its sum are two."""
     rate: str = ""
-    """Number format of these: a key of `target.tflops`."""
+    """Number format of these, a key of `target.tflops`; or `UNPACKING`."""
     seconds: float = 0.0
     """What takes its time whatever the target."""
 

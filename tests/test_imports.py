@@ -45,6 +45,10 @@ def test_nothing_heavy_is_imported(call: str) -> None:
     assert not HEAVY & _modules(CALLS[call])
 
 
+def test_help_composes_nothing() -> None:
+    assert not {"hydra", "omegaconf", "yaml", "engine.recipe"} & _modules(CALLS["help"])
+
+
 @pytest.mark.parametrize("call", ["import", "help", "list"])
 def test_no_plugin_is_imported(call: str) -> None:
     found = {name for name in _modules(CALLS[call]) if name.startswith("engine.plugins.")}

@@ -1,6 +1,6 @@
 """Score plans against runs on this machine: calibrate, run, compare, recipe by recipe, in turns.
 
-    .venv/bin/python tools/score_plan.py                     # 25 minutes on two cores
+    .venv/bin/python tools/score_plan.py                     # twenty minutes on two cores
     .venv/bin/python tools/score_plan.py --only nf4 --rounds 1
 
 Everything goes through the command line as a user's does, each in a process of its own: `engine
@@ -100,7 +100,7 @@ MODELS = ("embedded", "116 million")
 def main() -> None:
     """Measure, write the raw numbers, print the table; or print what was measured."""
     parser = argparse.ArgumentParser(description="Score plans against runs on this machine.")
-    parser.add_argument("--rounds", type=int, default=3, help="times that every recipe has a turn")
+    parser.add_argument("--rounds", type=int, default=2, help="times that every recipe has a turn")
     parser.add_argument("--only", default="", help="one recipe; nothing is written")
     parser.add_argument("--show", action="store_true", help="print what was measured before")
     arguments = parser.parse_args()

@@ -10,8 +10,6 @@ import typer
 
 from engine.cli import common
 from engine.errors import DoesNotFit
-from engine.planning.calibration import is_here
-from engine.planning.scoring import summary
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,6 +90,8 @@ def console() -> Console:
 
 def show(found: Plan, suggestions: list[Suggestion]) -> None:
     """Print one plan: memory, reach, speed, and what would make it fit."""
+    from engine.planning.calibration import is_here
+
     out = console()
     out.print(headline(found))
     out.print(memory(found))
@@ -106,7 +106,10 @@ def show(found: Plan, suggestions: list[Suggestion]) -> None:
         out.print("it fits with:")
         out.print(changes(suggestions))
     elif found.fits is False:
-        out.print("no change of quantize, cache or attention, and no known target, makes it fit")
+        out.print(
+            "no change of quantize, cache or attention, and no known target, makes it fit: "
+            "model=NAME of a smaller one (engine list model)"
+        )
 
 
 def headline(found: Plan) -> str:
@@ -185,6 +188,8 @@ def speed(found: Plan) -> Iterator[str]:
 
 def record() -> str:
     """Say how far plans of this machine were off so far."""
+    from engine.planning.scoring import summary
+
     found = summary()
     if not found["runs"]:
         return "no run here has been held against its plan yet"
@@ -230,14 +235,13 @@ def comparison(plans: Mapping[str, Plan]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for name, found in plans.items():
         held, usable = found.token.held, found.target.usable_bytes
-        weights = sum(size for term, size in held.items() if "KV" not in term)
         rate, first = found.tokens_per_second, found.time_to_first_token
         verdict = "refused" if found.verdict.problems and found.fits is not False else (
             "" if found.fits is None else "fits" if found.fits else "does NOT fit"
         )  # fmt: skip
         table.add_row(
             f"{name} on {found.target.name}",
-            _gib(weights),
+            _gib(found.token.weight_bytes),
             _gib(sum(size for term, size in held.items() if "KV" in term)),
             _gib(found.peak_bytes),
             "" if usable is None else _gib(usable),

@@ -86,7 +86,7 @@ def variants(lines: Sequence[str]) -> list[list[str]]:
         if len(found) > MOST_VARIANTS:
             problem = Problem(
                 message=f"override {show(line)}: more than {MOST_VARIANTS} combinations",
-                hint="name fewer values", code="override", where=place(line),
+                hint="fewer values for it: key=value,value", code="override", where=place(line),
             )  # fmt: skip
             raise RecipeError(problem)
     return found

@@ -22,10 +22,10 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.contexts import UNPACKING
 from engine.errors import EngineError, Problem, RecipeError
 from engine.planning.calibration import Calibration, Point, save
 from engine.planning.passes import Pass, Pricer
-from engine.planning.speed import UNPACKING
 from engine.recipe import Model, Recipe, Workload, shipped_folder
 from engine.target import Target, detect
 

@@ -21,9 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from engine.contexts import UNPACKING
 from engine.planning.devices import with_specification
 from engine.planning.passes import Pricer
-from engine.planning.speed import UNPACKING, Rates
+from engine.planning.speed import Rates
 from engine.planning.speed import rates as by_the_book
 from engine.recipe import Recipe
 from engine.target import Target, detect

@@ -47,7 +47,9 @@ def refuse(file: Path) -> None:
     if file.suffix not in (".png", ".html"):
         raise _refused(f"--plot {file}: a picture is a .png or .html", "--plot memory.html")
     if not file.parent.is_dir():
-        raise _refused(f"--plot {file}: there is no folder {file.parent}", "name one that exists")
+        raise _refused(
+            f"--plot {file}: there is no folder {file.parent}", f"mkdir -p {file.parent}"
+        )
     if find_spec("matplotlib") is None:
         message = "--plot needs matplotlib, which is not installed"
         raise _refused(message, 'pip install "recipe-engine[plot]"')
@@ -72,9 +74,7 @@ def draw(plans: Mapping[str, Plan], file: Path) -> None:
     try:
         file.write_bytes(content)
     except OSError as error:
-        raise _refused(
-            f"--plot {file}: {error.strerror}", "name a file that can be written"
-        ) from error
+        raise _refused(f"--plot {file}: {error.strerror}", "--plot memory.html") from error
 
 
 def memory_by_length(found: Plan) -> dict[int, Mapping[str, int]]:

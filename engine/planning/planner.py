@@ -144,10 +144,9 @@ class Plan:
         if usable is None:
             return True
         new = max(min(self.new_tokens, tokens - 1), 0)
-        passes = (self.pricer.prompt(batch, tokens - new, new),) + (
-            (self.pricer.token(batch, tokens - new, new),) if new else ()
-        )
-        return all(each.peak_bytes <= usable for each in passes)
+        if self.pricer.prompt(batch, tokens - new, new).peak_bytes > usable:
+            return False
+        return not new or self.pricer.token(batch, tokens - new, new).peak_bytes <= usable
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` prints."""

@@ -1,7 +1,7 @@
 """Turn the work of a pass into seconds, by what the target does in a second.
 
 An accelerator computes while the next operators are started, so that the slower of the two counts;
-a CPU does one after the other. Fitted to published rows of transformers (tests/planning).
+a CPU does one after the other. Fitted to published rows of transformers (tests/engine/planning).
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from engine.target import Target
 LAUNCH_US = {"cuda": 12.0, "mps": 12.0}
 """Microseconds in which a computer starts an operator of transformers, where the target does not
 say: between the desktop and the server of the published rows."""
-
-UNPACKING = "unpacking"
-"""Rate of what is no product of matrices: as slow as the slowest format, or measured with bytes."""
 
 EFFICIENCY = {"bandwidth": 0.72, "tflops": 0.55}
 """Share of its specification that a device reaches, where the target does not say."""

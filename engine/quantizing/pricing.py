@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.contexts import EstimateContext, Term
-from engine.planning.speed import UNPACKING
+from engine.contexts import UNPACKING, EstimateContext, Term
 from engine.quantizing.packing import matches
 
 if TYPE_CHECKING:
