@@ -1,13 +1,13 @@
-"""Score plans against runs on this machine: calibrate, run, compare, recipe by recipe, in turns.
+"""Score plans against runs on this machine: speed, first token and peak memory, recipe by recipe.
 
-    .venv/bin/python tools/score_plan.py                     # twenty minutes on two cores
-    .venv/bin/python tools/score_plan.py --only nf4 --rounds 1
+    .venv/bin/python tools/score_plan.py                     # a quarter of an hour on two cores
+    .venv/bin/python tools/score_plan.py --only nf4 --rounds 3
 
-Everything goes through the command line as a user's does, each in a process of its own: `engine
-calibrate` with the choices, then `engine run --json` with the embedded model and with one of 116
-million random weights, whose shape is drawn here. A round does that for every recipe; printed are
-medians over the rounds. Raw numbers go to tools/measured/. A machine that others use as well is not
-the same from minute to minute: `spread` tells how far the rounds of one recipe lay apart.
+A machine that others use as well is faster in one minute than in the next. So the stand-ins of
+`engine calibrate` and the two models whose plans are scored, the embedded one and one of random
+weights, take turns in one process, and medians of the turns are compared. Then `engine run` answers
+with each model, alone in its process, as a user has it: this tells the peak of memory, and how far
+plans are off at another moment. Raw numbers go to tools/measured/.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from datetime import date
 from importlib import metadata
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from engine.recipe import shipped_folder
+from engine.builder import build
+from engine.contexts import Figures
+from engine.planning.calibrating import fitted, standing_in
+from engine.recipe import compose, shipped_folder
 from engine.target import detect
 
 FILE = Path(__file__).resolve().parent / "measured" / "plans-cpu.json"
@@ -44,6 +50,8 @@ RECIPES: Mapping[str, tuple[str, ...]] = {
     "window": ("model.dtype=float32", "attention=window", "attention.size=128"),
     "alibi": ("model.dtype=float32", "position_encoding=alibi"),
     "multi-query": ("model.dtype=float32", "heads=mqa"),
+    "bfloat16, multi-query": ("model.dtype=bfloat16", "heads=mqa"),
+    "no cache": ("model.dtype=float32", "cache=none"),
     "static cache": ("model.dtype=float32", "cache=static"),
     "int8 cache": ("model.dtype=float32", "cache=int8"),
     "nf4": ("model.dtype=bfloat16", "quantize=nf4"),
@@ -100,7 +108,7 @@ MODELS = ("embedded", "116 million")
 def main() -> None:
     """Measure, write the raw numbers, print the table; or print what was measured."""
     parser = argparse.ArgumentParser(description="Score plans against runs on this machine.")
-    parser.add_argument("--rounds", type=int, default=2, help="times that every recipe has a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each model")
     parser.add_argument("--only", default="", help="one recipe; nothing is written")
     parser.add_argument("--show", action="store_true", help="print what was measured before")
     arguments = parser.parse_args()
@@ -123,24 +131,58 @@ def main() -> None:
 
 
 def measured(folder: Path, names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
-    """Calibrate and run every recipe with both models, round by round."""
-    random = ("load=random", "load.on_device=true", f"model.path={written(folder / 'random')}")
-    models = dict(zip(MODELS, (("model.path=recipes://embedded",), random), strict=True))
-    home = {"XDG_CACHE_HOME": str(folder), "XDG_STATE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    turns = [(turn, name) for turn in range(rounds) for name in names]
-    for turn, name in track(turns, console=Console(stderr=True)):
-        words = ("base", *RECIPES[name])
-        engine(home, "calibrate", *words, f"model.path={folder / 'random'}", "--json")
-        for model, more in models.items():
-            asked = ("-p", PROMPT, f"decode.max_new_tokens={NEW}")
-            found = engine(home, "run", *words, *more, *asked, "--json")
-            entry = {"round": turn, "recipe": name, "model": model}
-            yield entry | {
+    """Measure recipe by recipe, with both models."""
+    random = written(folder / "random")
+    homes = {"XDG_CACHE_HOME": str(folder), "XDG_STATE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    os.environ.update(homes)
+    for name in track(names, console=Console(stderr=True)):
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+            turns = process.submit(in_turns, name, random, rounds).result()
+        for model, words in recipes(name, random).items():
+            found = engine("run", *words, "-p", PROMPT, "--json")
+            alone = found["plan"]["measured"]
+            yield {
+                "recipe": name,
+                "model": model,
                 "prompt_tokens": found["figures"]["prompt_tokens"],
                 "new_tokens": found["figures"]["new_tokens"],
                 "planned": found["plan"]["planned"],
-                "measured": found["plan"]["measured"],
+                "measured": turns[model] | {"peak_memory_bytes": [alone["peak_memory_bytes"]]},
+                "alone": {measure: [alone[measure]] for measure in MEASURES},
             }
+
+
+def in_turns(name: str, random: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Calibrate and answer with both models, in turns; return what each turn of these took."""
+    words = recipes(name, random)
+    both = {model: compose(base, more) for model, (base, *more) in words.items()}
+    with ExitStack() as stack:
+        stand_ins = stack.enter_context(standing_in(both[MODELS[1]]))
+        sessions = {model: stack.enter_context(build(recipe)) for model, recipe in both.items()}
+        for session in sessions.values():
+            session.generate(PROMPT)
+        runs: dict[str, list[Figures]] = {model: [] for model in MODELS}
+        for _ in range(rounds):
+            for stand_in in stand_ins.values():
+                stand_in.run()
+            for model, session in sessions.items():
+                runs[model].append(session.generate(PROMPT).figures)
+        fitted(both[MODELS[1]], stand_ins)
+    return {
+        model: {
+            measure: [float(getattr(figures, measure)) for figures in found]
+            for measure in MEASURES if measure != "peak_memory_bytes"
+        }
+        for model, found in runs.items()
+    }  # fmt: skip
+
+
+def recipes(name: str, random: Path) -> dict[str, list[str]]:
+    """Return what to type for a recipe with each of the models."""
+    words = ["base", *RECIPES[name], f"decode.max_new_tokens={NEW}"]
+    drawn = ["load=random", "load.on_device=true", f"model.path={random}"]
+    more = (["model.path=recipes://embedded"], drawn)
+    return {model: [*words, *each] for model, each in zip(MODELS, more, strict=True)}
 
 
 def written(folder: Path) -> Path:
@@ -152,10 +194,10 @@ def written(folder: Path) -> Path:
     return folder
 
 
-def engine(home: Mapping[str, str], *words: str) -> dict[str, Any]:
+def engine(*words: str) -> dict[str, Any]:
     """Run the command line in a process of its own, and return the object that it prints."""
     command = [str(Path(sys.executable).with_name("engine")), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **home})
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout)
@@ -178,49 +220,46 @@ def show(result: Mapping[str, Any]) -> None:
     for model in MODELS:
         for measure, title in MEASURES.items():
             console.print(f"{model}, {title}: {verdict(result['runs'], model, measure)}")
+            if measure != "peak_memory_bytes":
+                console.print(f"  alone: {verdict(result['runs'], model, measure, 'alone')}")
 
 
 def table(runs: Sequence[Mapping[str, Any]], model: str) -> Table:
-    """Return medians of a model's runs, beside those of their plans."""
+    """Return medians of a model's turns, beside its plans."""
     made = Table(box=None, pad_edge=False, header_style="bold", title=model)
     made.add_column("recipe")
     for title in MEASURES.values():
-        for column in (title, "plan", "off", "spread"):
+        for column in (title, "plan", "off"):
             made.add_column(column, justify="right", no_wrap=True)
-    for name in dict.fromkeys(run["recipe"] for run in runs):
-        cells = []
-        for measure, unit in UNITS.items():
-            found = values(runs, name, model, measure, "measured")
-            plan = statistics.median(values(runs, name, model, measure, "planned"))
-            middle = statistics.median(found)
-            cells += [f"{middle * unit:,.1f}", f"{plan * unit:,.1f}", f"{plan / middle - 1:+.0%}"]
-            cells.append(f"{(max(found) - min(found)) / middle:.0%}")
-        made.add_row(name, *cells)
+    for run in runs:
+        if run["model"] == model:
+            cells = []
+            for measure, unit in UNITS.items():
+                plan, found = run["planned"][measure], statistics.median(run["measured"][measure])
+                cells += [f"{found * unit:,.1f}", f"{plan * unit:,.1f}", f"{plan / found - 1:+.0%}"]
+            made.add_row(run["recipe"], *cells)
     return made
 
 
-def verdict(runs: Sequence[Mapping[str, Any]], model: str, measure: str) -> str:
-    """Say how far plans were off, and whether they order the recipes as the runs do."""
-    names = list(dict.fromkeys(run["recipe"] for run in runs))
-    pairs = [
-        [statistics.median(values(runs, name, model, measure, kind)) for name in names]
-        for kind in ("planned", "measured")
-    ]
-    errors = [plan / found - 1 for plan, found in zip(*pairs, strict=True)]
+def verdict(
+    runs: Sequence[Mapping[str, Any]], model: str, measure: str, kind: str = "measured"
+) -> str:
+    """Say how far plans were off, and whether they order the recipes as the runs do.
+
+    Args:
+        kind: 'measured', in turns with the calibration, or 'alone'.
+    """
+    chosen = [run for run in runs if run["model"] == model]
+    plans = [run["planned"][measure] for run in chosen]
+    found = [statistics.median(run[kind][measure]) for run in chosen]
+    errors = [plan / value - 1 for plan, value in zip(plans, found, strict=True)]
     limit = 0.05 if measure == "peak_memory_bytes" else 0.2
-    off = [name for name, error in zip(names, errors, strict=True) if abs(error) > limit]
+    off = [run["recipe"] for run, error in zip(chosen, errors, strict=True) if abs(error) > limit]
     beyond = f"; beyond: {', '.join(off)}" if off else ""
     middle = statistics.median(abs(error) for error in errors)
-    tau = f", Kendall's tau {kendall(*pairs):.2f}" if len(names) > 1 else ""
-    within = len(names) - len(off)
-    return f"{within} of {len(names)} within {limit:.0%}, median {middle:.1%}{tau}{beyond}"
-
-
-def values(
-    runs: Sequence[Mapping[str, Any]], recipe: str, model: str, measure: str, kind: str
-) -> list[float]:
-    """Return a figure of every round."""
-    return [run[kind][measure] for run in runs if run["recipe"] == recipe and run["model"] == model]
+    tau = f", Kendall's tau {kendall(plans, found):.2f}" if len(chosen) > 1 else ""
+    within = len(chosen) - len(off)
+    return f"{within} of {len(chosen)} within {limit:.0%}, median {middle:.1%}{tau}{beyond}"
 
 
 def kendall(first: Sequence[float], second: Sequence[float]) -> float:

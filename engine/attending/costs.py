@@ -53,8 +53,9 @@ def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term
     shape, size = context.shape, context.value_bytes
     keys = _keys(context, None)
     queries = shape.heads * shape.head_dim
-    # Keys and values are copied for every query head that shares them.
-    copied = context.batch * 2 * queries * size if shape.kv_heads < shape.heads else 0
+    # Models' own code copies keys and values for every query head that shares them.
+    shared = shape.kv_heads < shape.heads and not special(context)
+    copied = context.batch * 2 * queries * size if shared else 0
     most = max(keys, default=0)
     own = "model.attention_interface" not in shape.traits or "model.sinks" in shape.traits
     # torch converts scores to float32 before softmax, but for float16 on CUDA, where that is fused.
@@ -65,8 +66,8 @@ def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term
         bytes=scores(context) * held + copied * most,
         during="attention",
         launches=WRITTEN_OUT * products * len(keys),
-        moved=sum(keys)
-        * (context.rows * shape.heads * SCORE_PASSES * size * products + 2 * copied),
+        moved=context.batch * _kept(shape, keys) * size
+        + sum(keys) * (context.rows * shape.heads * SCORE_PASSES * size * products + 2 * copied),
         flops=2 * (1 + products) * context.rows * queries * sum(keys),
         rate=context.dtype or "float32",
     )
@@ -74,6 +75,12 @@ def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term
         yield Term(
             name="mask", bytes=context.rows * context.met * (size + 1), during="pass", launches=10
         )
+
+
+def special(context: EstimateContext) -> bool:
+    """Tell whether positions bias or make the scores, which no model's own code does."""
+    provided = getattr(context.recipe.position_encoding, "provides", ())
+    return not {"position.bias", "position.scores"}.isdisjoint(provided)
 
 
 def scores(context: EstimateContext) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA25
 """Patterns of what a hub model has beside weights and code."""
 
 _EITHER = "give a folder (model.path=./folder) or a model of the hub (model.path=org/name)"
+_ORDINARY = re.compile(r"\w+([.-]\w+)*(/\w+([.-]\w+)*)?", re.ASCII)  # names that the hub takes
 _ALIKE = 0.7  # of 1, for a folder to be suggested
 _ANSWER_WITHIN = 10.0  # seconds that the hub may take
 
@@ -102,6 +104,12 @@ def _refused(path: str, message: str, hint: str, code: str = "path") -> Checkpoi
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import constants
+
+    # What reads the cache, and refuses odd names, takes half a second to import.
+    folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    if _ORDINARY.fullmatch(repo) and not folder.is_dir():
+        return None
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

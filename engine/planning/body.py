@@ -80,6 +80,8 @@ def terms(context: EstimateContext) -> Iterator[Term]:
         bytes=rows * size * (2 * hidden + ROTATED * queries + 2 * keys),
         during="attention",
         launches=widths.operators,
+        # Those that are views move nothing, the others read and write: about once each.
+        moved=widths.operators * rows * size * hidden,
     )
     yield Term(
         name="activations",

@@ -3,6 +3,7 @@
 What a step of a narrow model takes is starting operators; of two such models the deeper one tells
 how long that takes. What a wide model takes more is moving weights, and in the pass of a prompt,
 arithmetic. The stand-ins are Llamas with random weights, and go through the engine as any model.
+They take turns, so that a machine that is slower for a while is so for all of them.
 
 A GPU moves the weights of a stand-in while operators are started, which then does not show: there
 a product by a large matrix tells how fast it reads.
@@ -16,8 +17,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,8 @@ NEW = 16
 """Tokens of the answers."""
 REPEATS = 20
 """Steps in which bandwidth and arithmetic are told apart."""
-ROUNDS = 3
-"""Answers that are measured, after one that is not."""
+ROUNDS = 5
+"""Answers of each stand-in that are measured, after one that is not."""
 
 VOCABULARY = 2048
 """Of the tokenizer that comes with the engine."""
@@ -53,22 +54,28 @@ class Rig:
     """What is run to measure a kind of device."""
 
     sizes: Mapping[str, tuple[int, int, int]]
-    """Stand-in → hidden size, inner size, layers. 'narrow' and 'deep' differ in layers only."""
+    """Stand-in → hidden size, inner size, layers: built in this order, which matters for the memory
+    that they show. 'narrow' and 'deep' differ in layers only."""
     points: tuple[str, ...]
     """Those that tell bandwidth and arithmetic, from small to large."""
     prompt: int
     """Tokens of the prompts."""
 
 
-NARROW, DEEP = (64, 192, 2), (64, 192, 10)
+NARROW = (64, 192, 2)
 RIGS = {
     "cpu": Rig(
-        sizes={"narrow": NARROW, "deep": DEEP, "small": (256, 704, 4), "wide": (1024, 2816, 3)},
+        sizes={
+            "narrow": NARROW,
+            "wide": (1024, 2816, 3),
+            "small": (256, 704, 4),
+            "deep": (64, 192, 18),
+        },
         points=("small", "wide"),
         prompt=256,
     ),
     "cuda": Rig(
-        sizes={"narrow": NARROW, "deep": (64, 192, 34), "wide": (4096, 11008, 3)},
+        sizes={"narrow": NARROW, "wide": (4096, 11008, 3), "deep": (64, 192, 34)},
         points=("wide",),
         prompt=4096,
     ),
@@ -87,6 +94,36 @@ class Measured:
     """In the long prompt's run."""
 
 
+@dataclass(kw_only=True)
+class StandIn:
+    """A built stand-in, and what it showed."""
+
+    session: Session
+    prompt: int
+    """Tokens."""
+    prices: Mapping[str, Pass]
+    beside: int
+    """Bytes of the stand-ins that were there before it."""
+    peak_bytes: int = 0
+    runs: list[Figures] = field(default_factory=list)
+
+    def warm_up(self) -> None:
+        """Answer once, and keep what memory that took: later ones would count in it."""
+        self.peak_bytes = answer(self.session, self.prompt).peak_memory_bytes - self.beside
+
+    def run(self) -> None:
+        """Answer once, and keep how long that took."""
+        self.runs.append(answer(self.session, self.prompt))
+
+    def measured(self) -> Measured:
+        """Return medians of all runs."""
+        seconds = {
+            "prompt": statistics.median(run.time_to_first_token for run in self.runs),
+            "token": statistics.median(1 / (run.tokens_per_second or 1.0) for run in self.runs),
+        }
+        return Measured(self.prices, seconds, self.peak_bytes)
+
+
 def calibrate(
     recipe: Recipe, *, progress: Callable[[str], None] = lambda step: None
 ) -> Calibration:
@@ -95,18 +132,47 @@ def calibrate(
     Raises:
         RecipeError: when the choices do not run on a stand-in here.
     """
+    with standing_in(recipe, progress=progress) as models:
+        for turn in range(ROUNDS):
+            progress(f"measuring, turn {turn + 1} of {ROUNDS}")
+            for model in models.values():
+                model.run()
+        return fitted(recipe, models)
+
+
+@contextmanager
+def standing_in(
+    recipe: Recipe, *, progress: Callable[[str], None] = lambda step: None
+) -> Iterator[Mapping[str, StandIn]]:
+    """Build the stand-ins for a recipe's model, and let each answer once.
+
+    Raises:
+        RecipeError: when the choices do not run on a stand-in here.
+    """
+    rig = _rig()
+    with ExitStack() as stack:
+        found: dict[str, StandIn] = {}
+        for name, size in rig.sizes.items():
+            progress(f"building a {name} model")
+            folder = stack.enter_context(_folder(size, positions=rig.prompt + LIMIT))
+            beside = sum(sum(each.prices["prompt"].held.values()) for each in found.values())
+            changed = _stand_in(recipe, folder, rig.prompt)
+            found[name] = stack.enter_context(_built(changed, rig.prompt, beside))
+        yield found
+
+
+def fitted(recipe: Recipe, models: Mapping[str, StandIn]) -> Calibration:
+    """Return what the stand-ins showed of this machine, and keep it."""
     kind = detect().kind
-    rig = RIGS["cpu" if kind == "cpu" else "cuda"]
-    found = {}
-    for name, size in rig.sizes.items():
-        progress(f"measuring a {name} model")
-        with _folder(size, positions=rig.prompt + LIMIT) as folder:
-            found[name] = _measure(_standing_in(recipe, folder, rig.prompt), rig.prompt)
-    dtype = found["narrow"].prices["token"].context.dtype or "float32"
     reading = None if kind == "cpu" else _reading(kind)
-    fitted = fit(found, rig.points, reading)
-    save(recipe, dtype, fitted)
-    return fitted
+    found = fit({name: each.measured() for name, each in models.items()}, _rig().points, reading)
+    dtype = models["narrow"].prices["token"].context.dtype or "float32"
+    save(recipe, dtype, found)
+    return found
+
+
+def _rig() -> Rig:
+    return RIGS["cpu" if detect().kind == "cpu" else "cuda"]
 
 
 def fit(
@@ -222,7 +288,7 @@ def _reading(kind: str) -> float:
     return REPEATS * matrix.nbytes / statistics.median(seconds[1:])
 
 
-def _standing_in(recipe: Recipe, folder: Path, prompt: int) -> Recipe:
+def _stand_in(recipe: Recipe, folder: Path, prompt: int) -> Recipe:
     """Return the recipe with a stand-in for its model, its checkpoint and its lengths."""
     from engine.recipe import compose
 
@@ -247,33 +313,32 @@ def _standing_in(recipe: Recipe, folder: Path, prompt: int) -> Recipe:
     )
 
 
-def _measure(recipe: Recipe, prompt: int) -> Measured:
+@contextmanager
+def _built(recipe: Recipe, prompt: int, beside: int) -> Iterator[StandIn]:
     from engine.builder import build
 
-    try:
-        with build(recipe) as session:
+    with ExitStack() as stack:
+        try:
+            session = stack.enter_context(build(recipe))
             pricer = Pricer(recipe, session.hooks, session.shape, detect(), None)
             prices = {
                 "prompt": pricer.prompt(1, prompt, NEW),
                 "token": pricer.token(1, prompt, NEW, at=NEW // 2),
             }
-            runs = [answer(session, prompt) for _ in range(ROUNDS + 1)][1:]
-    except EngineError as error:
-        problems = [
-            Problem(
-                message=f"these choices do not run on a stand-in here: {problem.message}",
-                hint=problem.hint,
-                code="calibration",
-                slot=problem.slot,
-            )
-            for problem in error.problems
-        ]
-        raise RecipeError(problems) from error
-    seconds = {
-        "prompt": statistics.median(run.time_to_first_token for run in runs),
-        "token": statistics.median(1 / (run.tokens_per_second or 1.0) for run in runs),
-    }
-    return Measured(prices, seconds, max(run.peak_memory_bytes for run in runs))
+            made = StandIn(session=session, prompt=prompt, prices=prices, beside=beside)
+            made.warm_up()
+        except EngineError as error:
+            problems = [
+                Problem(
+                    message=f"these choices do not run on a stand-in here: {problem.message}",
+                    hint=problem.hint,
+                    code="calibration",
+                    slot=problem.slot,
+                )
+                for problem in error.problems
+            ]
+            raise RecipeError(problems) from error
+        yield made
 
 
 def answer(session: Session, tokens: int) -> Figures:
@@ -294,7 +359,7 @@ def answer(session: Session, tokens: int) -> Figures:
 def _folder(size: tuple[int, int, int], positions: int) -> Iterator[Path]:
     """Write config and tokenizer of a stand-in."""
     hidden, inner, layers = size
-    head = min(max(hidden // 32, 32), 128)
+    head = min(max(hidden // 16, 32), 128)  # as most models of such sizes have it
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

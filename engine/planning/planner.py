@@ -21,6 +21,9 @@ MARGIN = 1.03
 FARTHEST = 2**27
 """Tokens beyond which nobody looks how far a plan goes."""
 
+LARGEST = 2**20
+"""Sequences beyond which nobody looks how large a batch can be."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -117,14 +120,20 @@ class Plan:
 
         None where nothing limits them, 0 where not even one fits.
         """
-        limit = self.pricer.limit
-        return _most(lambda tokens: self._fits_with(self.batch, tokens), limit or FARTHEST, limit)
+        limit, usable = self.pricer.limit, self.target.usable_bytes
+        if usable is None:
+            return limit
+        most = _most(lambda tokens: self._needed(self.batch, tokens), usable, limit or FARTHEST)
+        return limit if most == FARTHEST else most
 
     @cached_property
     def largest_batch(self) -> int | None:
         """Return the sequences of the planned length that fit; None where nothing limits them."""
-        tokens = self.prompt_tokens + self.new_tokens
-        return _most(lambda batch: self._fits_with(batch, tokens), 2**20, None)
+        tokens, usable = self.prompt_tokens + self.new_tokens, self.target.usable_bytes
+        if usable is None:
+            return None
+        most = _most(lambda batch: self._needed(batch, tokens), usable, LARGEST)
+        return None if most == LARGEST else most
 
     @cached_property
     def _middle(self) -> Pass:
@@ -139,14 +148,13 @@ class Plan:
         left_out = f"the states of {states} layers without keys and values are not counted"
         return [*self.verdict.notes, *([left_out] if states else [])]
 
-    def _fits_with(self, batch: int, tokens: int) -> bool:
-        usable = self.target.usable_bytes
-        if usable is None:
-            return True
+    def _needed(self, batch: int, tokens: int) -> int:
+        """Return what the device must have for sequences of so many tokens."""
         new = max(min(self.new_tokens, tokens - 1), 0)
-        if self.pricer.prompt(batch, tokens - new, new).peak_bytes > usable:
-            return False
-        return not new or self.pricer.token(batch, tokens - new, new).peak_bytes <= usable
+        passes = [self.pricer.prompt(batch, tokens - new, new)]
+        if new:
+            passes.append(self.pricer.token(batch, tokens - new, new))
+        return max(each.peak_bytes for each in passes)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what `--json` prints."""
@@ -212,12 +220,26 @@ def plan(recipe: Recipe, *, target: Target | None = None) -> Plan:
     return Plan(verdict, verdict.pricer, recipe.workload.batch, *verdict.pricer.lengths)
 
 
-def _most(fits: Callable[[int], bool], farthest: int, limit: int | None) -> int | None:
-    """Return the largest number that fits; `limit` where the farthest does."""
-    if fits(farthest):
-        return limit
-    low, high = 0, farthest
+def _most(needed: Callable[[int], int], usable: int, farthest: int) -> int:
+    """Return the largest number, at most `farthest`, that needs no more bytes than are usable.
+
+    Bytes grow by a straight line, or nearly, and reckoning them takes time: so the place where the
+    line meets what is usable is looked at first, and every other time the middle.
+    """
+    low, high = 1, farthest
+    below, above = needed(low), needed(high)
+    if above <= usable:
+        return farthest
+    if below > usable:
+        return 0
+    halve = False
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        share = 0.5 if halve else (usable - below) / (above - below)
+        middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        size = needed(middle)
+        if size <= usable:
+            low, below = middle, size
+        else:
+            high, above = middle, size
+        halve = not halve
     return low

@@ -32,9 +32,7 @@ class NativeAttention:
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price what transformers would choose; positions of other kinds have every score."""
-        positions = getattr(context.recipe.position_encoding, "provides", ())
-        special = {"position.bias", "position.scores"} & set(positions)
-        if special or "model.sdpa" not in context.shape.traits:
+        if costs.special(context) or "model.sdpa" not in context.shape.traits:
             yield from costs.written_out(context)
         else:
             yield from costs.fused(context)
