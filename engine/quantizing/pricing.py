@@ -33,6 +33,8 @@ class Packing:
     """Bytes per weight that are written and read again where a product needs plain weights."""
     flops: float = 0.0
     """Operations per weight to unpack it."""
+    rounding: float = 0.0
+    """Bytes that are moved per input and per output of a layer, to round and to scale them."""
     rate: str = ""
     """Number format of the products; '' for the model's."""
     workspace: Callable[[int, int, int], int] = lambda tokens, rows, columns: 0
@@ -70,12 +72,13 @@ def terms(
             left += weight.numbers * size
             others.append(weight)
     numbers = sum(weight.numbers for weight in packed.values())
+    ends = sum(weight.rows + weight.columns for weight in packed.values())
     yield Term(name="weights", bytes=left)
     yield Term(
         name="packed weights",
         bytes=codes,
         launches=packing.launches * len(packed),
-        moved=codes + scales,
+        moved=codes + scales + packing.rounding * context.rows * ends,
     )
     yield Term(name="scales", bytes=scales)
     yield Term(

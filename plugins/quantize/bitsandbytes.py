@@ -40,6 +40,9 @@ without looking for outliers, and with it (of one token, and of more). Fitted to
 bitsandbytes publishes (benchmarking/README.md in its repository, v0.45)."""
 UNPACKING = 130.0
 """float32 operations in whose time a GPU unpacks a weight; fitted to the same rows."""
+ROUNDING = 40.0
+"""Bytes that its plain operators for CPUs move per input and per output, in 8 bits: counted in
+bitsandbytes/backends/default/ops.py of bitsandbytes 0.50.2."""
 L2_MISSES = 0.8
 """Share of the unpacked weights that goes to memory and back; fitted to the same rows."""
 
@@ -171,6 +174,7 @@ class BitsAndBytes:
                 bytes=size,
                 launches=launches,
                 unpacked=2 * 4,
+                rounding=ROUNDING,
                 rate="float32",
                 workspace=lambda tokens, rows, columns: max(
                     4 * rows * columns + tokens * (5 * columns + 8 * rows), 16 * tokens * rows
