@@ -45,6 +45,11 @@ def test_nothing_heavy_is_imported(call: str) -> None:
     assert not HEAVY & _modules(CALLS[call])
 
 
+@pytest.mark.parametrize("call", ["check", "plan"])
+def test_nothing_that_asks_the_hub_is_imported(call: str) -> None:
+    assert "httpx" not in _modules(CALLS[call])
+
+
 def test_help_composes_nothing() -> None:
     assert not {"hydra", "omegaconf", "yaml", "engine.recipe"} & _modules(CALLS["help"])
 

@@ -20,8 +20,8 @@ EFFICIENCY = {"bandwidth": 0.72, "tflops": 0.55}
 """Share of its specification that a device reaches, where the target does not say."""
 
 FIXES = {
-    "launches": "starting operators; compiled steps (decode=compiled cache=static) or a larger "
-    "batch use the time that the device waits",
+    "launches": "starting operators; a larger batch uses the time that the device waits, and so do "
+    "compiled steps (decode=compiled cache=static, where `engine check` lets them)",
     "bandwidth": "reading memory; fewer bytes per weight (quantize) or a larger batch help",
     "compute": "arithmetic; a shorter prompt, or a number format that the device computes faster",
 }
