@@ -1,6 +1,6 @@
 """Score plans against runs on this machine: speed, first token and peak memory, recipe by recipe.
 
-    .venv/bin/python tools/score_plan.py                     # a quarter of an hour on two cores
+    .venv/bin/python tools/score_plan.py                     # half an hour on two cores
     .venv/bin/python tools/score_plan.py --only nf4 --rounds 3
 
 A machine that others use as well is faster in one minute than in the next. So the stand-ins of
@@ -35,8 +35,9 @@ from rich.progress import track
 from rich.table import Table
 
 from engine.builder import build
+from engine.cli.plan_tables import console
 from engine.contexts import Figures
-from engine.planning.calibrating import fitted, standing_in
+from engine.planning.calibrating import remember, standing_in
 from engine.recipe import compose, shipped_folder
 from engine.target import detect
 
@@ -167,7 +168,7 @@ def in_turns(name: str, random: Path, rounds: int) -> dict[str, dict[str, list[f
                 stand_in.run()
             for model, session in sessions.items():
                 runs[model].append(session.generate(PROMPT).figures)
-        fitted(both[MODELS[1]], stand_ins)
+        remember(both[MODELS[1]], stand_ins)
     return {
         model: {
             measure: [float(getattr(figures, measure)) for figures in found]
@@ -212,16 +213,14 @@ def versions() -> dict[str, str]:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print planned against measured, for every model and measure."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 130
+    out = console()
     for model in MODELS:
-        console.print(table(result["runs"], model))
+        out.print(table(result["runs"], model))
     for model in MODELS:
         for measure, title in MEASURES.items():
-            console.print(f"{model}, {title}: {verdict(result['runs'], model, measure)}")
+            out.print(f"{model}, {title}: {verdict(result['runs'], model, measure)}")
             if measure != "peak_memory_bytes":
-                console.print(f"  alone: {verdict(result['runs'], model, measure, 'alone')}")
+                out.print(f"  alone: {verdict(result['runs'], model, measure, 'alone')}")
 
 
 def table(runs: Sequence[Mapping[str, Any]], model: str) -> Table:

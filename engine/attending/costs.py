@@ -42,33 +42,43 @@ def fused(context: EstimateContext, window: int | None = None) -> Iterator[Term]
     )
 
 
-def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term]:
+def formula(context: EstimateContext) -> Iterator[Term]:
+    """Price the model's own plain operators, or the engine's where positions need these.
+
+    The engine's multiply by keys and values that heads share as they are; positions that make the
+    scores themselves get keys for every head.
+    """
+    copies = 2
+    if special(context):
+        copies = 1 if "position.scores" in _provided(context) else 0
+    yield from written_out(context, copies=copies)
+
+
+def written_out(context: EstimateContext, *, copies: int = 2) -> Iterator[Term]:
     """Price plain operators, which have every score in memory, more than once while softmax runs.
 
     As they came, in float32, and as weights. A model's own code, or sinks, hold them once more.
 
     Args:
-        products: of queries and keys, for positions that need several.
+        copies: how many of keys and values are copied for every query head that shares them.
     """
     shape, size = context.shape, context.value_bytes
     keys = _keys(context, None)
     queries = shape.heads * shape.head_dim
-    # Models' own code copies keys and values for every query head that shares them.
-    shared = shape.kv_heads < shape.heads and not special(context)
-    copied = context.batch * 2 * queries * size if shared else 0
+    copied = context.batch * copies * queries * size if shape.kv_heads < shape.heads else 0
     most = max(keys, default=0)
     own = "model.attention_interface" not in shape.traits or "model.sinks" in shape.traits
     # torch converts scores to float32 before softmax, but for float16 on CUDA, where that is fused.
     converted = size == 2 and not (context.dtype == "float16" and context.target.kind == "cuda")
-    held = size * (products + own) + FLOAT32 * (2 if converted else 1)
+    held = size * (1 + own) + FLOAT32 * (2 if converted else 1)
     yield Term(
         name="scores of attention",
         bytes=scores(context) * held + copied * most,
         during="attention",
-        launches=WRITTEN_OUT * products * len(keys),
+        launches=WRITTEN_OUT * len(keys),
         moved=context.batch * _kept(shape, keys) * size
-        + sum(keys) * (context.rows * shape.heads * SCORE_PASSES * size * products + 2 * copied),
-        flops=2 * (1 + products) * context.rows * queries * sum(keys),
+        + sum(keys) * (context.rows * shape.heads * SCORE_PASSES * size + 2 * copied),
+        flops=4 * context.rows * queries * sum(keys),
         rate=context.dtype or "float32",
     )
     if context.new > 1:
@@ -79,8 +89,11 @@ def written_out(context: EstimateContext, *, products: int = 1) -> Iterator[Term
 
 def special(context: EstimateContext) -> bool:
     """Tell whether positions bias or make the scores, which no model's own code does."""
-    provided = getattr(context.recipe.position_encoding, "provides", ())
-    return not {"position.bias", "position.scores"}.isdisjoint(provided)
+    return not {"position.bias", "position.scores"}.isdisjoint(_provided(context))
+
+
+def _provided(context: EstimateContext) -> tuple[str, ...]:
+    return tuple(getattr(context.recipe.position_encoding, "provides", ()))
 
 
 def scores(context: EstimateContext) -> int:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def calibrate(arguments: common.Recipes = None, json: common.Json = False) -> None:
     """Measure bandwidth, arithmetic and what starting an operator takes; and remember it.
 
-    Runs small stand-ins for the model, some seconds for each recipe: plain choices in the number
-    formats that this machine computes in, or the choices of the recipes that are named.
+    Runs small stand-ins for the model, some twenty seconds for each recipe: plain choices in the
+    number formats that this machine computes in, or the choices of the recipes that are named.
 
     engine calibrate
 

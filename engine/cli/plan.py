@@ -36,7 +36,6 @@ def plan(
 
     engine plan base model=llama-3.1-8b target=a10 quantize=none,nf4 --plot memory.html
     """
-    from engine.cli import plan_tables
     from engine.planning import picture, planner
     from engine.planning.suggesting import suggest
 
@@ -51,14 +50,18 @@ def plan(
             found = [{"name": name, **each.as_dict()} for name, each in plans.items()]
             common.print_json({"plans": found})
         else:
-            plan_tables.console().print(plan_tables.comparison(plans))
+            from engine.cli.plan_tables import comparison, console
+
+            console().print(comparison(plans))
     else:
         suggestions = suggest(first)
         if json:
             told = [suggestion.as_dict() for suggestion in suggestions]
             common.print_json(first.as_dict() | {"suggestions": told})
         else:
-            plan_tables.show(first, suggestions)
+            from engine.cli.plan_tables import show
+
+            show(first, suggestions)
     if plot is not None and not json:
         print(f"drawn: {plot}")
     if not others and first.verdict.problems:

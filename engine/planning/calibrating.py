@@ -137,7 +137,7 @@ def calibrate(
             progress(f"measuring, turn {turn + 1} of {ROUNDS}")
             for model in models.values():
                 model.run()
-        return fitted(recipe, models)
+        return remember(recipe, models)
 
 
 @contextmanager
@@ -161,8 +161,8 @@ def standing_in(
         yield found
 
 
-def fitted(recipe: Recipe, models: Mapping[str, StandIn]) -> Calibration:
-    """Return what the stand-ins showed of this machine, and keep it."""
+def remember(recipe: Recipe, models: Mapping[str, StandIn]) -> Calibration:
+    """Fit figures to what the stand-ins showed of this machine, and keep them."""
     kind = detect().kind
     reading = None if kind == "cpu" else _reading(kind)
     found = fit({name: each.measured() for name, each in models.items()}, _rig().points, reading)

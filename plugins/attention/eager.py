@@ -54,7 +54,7 @@ class Eager:
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price every score, in memory."""
-        yield from costs.written_out(context)
+        yield from costs.formula(context)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

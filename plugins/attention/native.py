@@ -33,7 +33,7 @@ class NativeAttention:
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price what transformers would choose; positions of other kinds have every score."""
         if costs.special(context) or "model.sdpa" not in context.shape.traits:
-            yield from costs.written_out(context)
+            yield from costs.formula(context)
         else:
             yield from costs.fused(context)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -161,31 +161,26 @@ class BitsAndBytes:
         )
 
     def _in_8_bits(self, context: EstimateContext) -> pricing.Packing:
-        found = SPLIT_INT8 if context.rows == 1 else SPLIT_INT8_OF_MORE
-        launches = found if self.outlier_threshold else INT8
-
-        def size(rows: int, columns: int, _: int) -> tuple[int, int]:
-            return rows * columns, 4 * rows
-
-        if context.target.kind == "cpu":
-            # Without AVX-512 codes are multiplied as float32 numbers; then the sums come in 32 bits
-            # beside their scales, and what these come to twice over.
-            return pricing.Packing(
-                bytes=size,
-                launches=launches,
-                unpacked=2 * 4,
-                rounding=ROUNDING,
-                rate="float32",
-                workspace=lambda tokens, rows, columns: max(
-                    4 * rows * columns + tokens * (5 * columns + 8 * rows), 16 * tokens * rows
-                ),
-            )
-        return pricing.Packing(
-            bytes=size,
-            launches=launches,
+        launches = SPLIT_INT8 if context.rows == 1 else SPLIT_INT8_OF_MORE
+        packed = pricing.Packing(
+            bytes=lambda rows, columns, _: (rows * columns, 4 * rows),
+            launches=launches if self.outlier_threshold else INT8,
             rate="int8",
             # Inputs as codes, sums in 32 bits, and both parts of what they come to.
             workspace=lambda tokens, rows, columns: tokens * (columns + (4 + 2 + 2) * rows),
+        )
+        if context.target.kind != "cpu":
+            return packed
+        # Without AVX-512 codes are multiplied as float32 numbers; then the sums come in 32 bits
+        # beside their scales, and what these come to twice over.
+        return replace(
+            packed,
+            unpacked=2 * 4,
+            rounding=ROUNDING,
+            rate="float32",
+            workspace=lambda tokens, rows, columns: max(
+                4 * rows * columns + tokens * (5 * columns + 8 * rows), 16 * tokens * rows
+            ),
         )
 
     def _in_4_bits(self, context: EstimateContext, compute: int) -> pricing.Packing:

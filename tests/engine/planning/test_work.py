@@ -24,6 +24,9 @@ def test_plain_attention_reads_the_cache_and_copies_what_heads_share(heads: str)
     # The formula that takes a bias multiplies by shared keys as they are.
     (biased,) = terms("scores of attention", "position_encoding=alibi", *words[1:])
     assert cache.bytes < biased.moved < scores.moved
+    # Positions that make the scores themselves get keys for every head.
+    (made,) = terms("scores of attention", "position_encoding=self-extend", *words[1:])
+    assert biased.moved < made.moved < scores.moved
 
 
 def test_longer_prompts_move_more_between_the_products() -> None:
