@@ -17,7 +17,8 @@ SMALL_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA25
 """Patterns of what a hub model has beside weights and code."""
 
 _EITHER = "give a folder (model.path=./folder) or a model of the hub (model.path=org/name)"
-_ORDINARY = re.compile(r"\w+([.-]\w+)*(/\w+([.-]\w+)*)?", re.ASCII)  # names that the hub takes
+# Names that the hub surely takes; others are refused by its library, in its own words.
+_ORDINARY = re.compile(r"(?=.{1,96}\Z)\w+([.-]\w+)*(/\w+([.-]\w+)*)?(?<!\.git)", re.ASCII)
 _ALIKE = 0.7  # of 1, for a folder to be suggested
 _ANSWER_WITHIN = 10.0  # seconds that the hub may take
 

@@ -65,7 +65,7 @@ def test_a_file_is_not_a_folder(folder: Path) -> None:
     assert "is a file: give its folder" in message
 
 
-@pytest.mark.parametrize("path", ["", "a b", "org--x/name", "name.git"])
+@pytest.mark.parametrize("path", ["", "a b", "org--x/name", "name.git", "n" * 97])
 @pytest.mark.parametrize("download", [False, True])
 def test_what_can_be_neither_folder_nor_hub_id(path: str, download: bool) -> None:
     assert "nor can the hub have it" in refusal(locate, path, None, download=download)
