@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -181,20 +182,26 @@ class Session:
     def close(self) -> None:
         """Let go of the model, and of what was registered for it; again does nothing."""
         self.closed = True
-        close = getattr(self.built.get("decode"), "close", None)
         try:
-            if close is not None:
-                with self.hooks.blaming(self.hooks.slot("decode"), "decode"):
-                    close()
+            self._close_decoder()
         finally:
             while self.on_close:
                 self.on_close.pop()()
             self.built.clear()
+            if "weights.packed" in self.traits:
+                # Layers of bitsandbytes and torchao refer to themselves: only this frees them.
+                gc.collect()
         with suppress(ImportError):
             import torch
 
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _close_decoder(self) -> None:
+        close = getattr(self.built.get("decode"), "close", None)
+        if close is not None:
+            with self.hooks.blaming(self.hooks.slot("decode"), "decode"):
+                close()
 
     def __enter__(self) -> Session:
         return self

@@ -120,6 +120,18 @@ def test_closing_gives_the_model_back(build: Build) -> None:
     assert set(AttentionInterface._global_mapping) == before
 
 
+@pytest.mark.parametrize("packing", ["nf4", "int8", "torchao-int8", "quanto-int8"])
+def test_closing_frees_packed_weights_at_once(build: Build, packing: str) -> None:
+    session = build(f"quantize={packing}", "model.dtype=bfloat16")
+    weights = [weakref.ref(each) for each in session.model.parameters()]
+    gc.disable()
+    try:
+        session.close()
+    finally:
+        gc.enable()
+    assert not [each for each in weights if each() is not None]
+
+
 def test_a_failing_build_leaves_nothing_behind(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ FUSED, WRITTEN_OUT = 2, 9
 """Operators of a layer's attention: a kernel and its mask; the formula in plain operators."""
 
 SCORE_PASSES = 8
-"""How often plain operators read or write each score: product, scale, mask, softmax, cast."""
+"""How often plain operators read or write each score in float32: product, scale, mask, softmax,
+product."""
 
 FLOAT32 = 4
 
@@ -70,6 +71,7 @@ def written_out(context: EstimateContext, *, copies: int = 2) -> Iterator[Term]:
     own = "model.attention_interface" not in shape.traits or "model.sinks" in shape.traits
     # torch converts scores to float32 before softmax, but for float16 on CUDA, where that is fused.
     converted = size == 2 and not (context.dtype == "float16" and context.target.kind == "cuda")
+    touched = _touched(size, converted=converted, special=special(context))
     held = size * (1 + own) + FLOAT32 * (2 if converted else 1)
     yield Term(
         name="scores of attention",
@@ -77,7 +79,7 @@ def written_out(context: EstimateContext, *, copies: int = 2) -> Iterator[Term]:
         during="attention",
         launches=WRITTEN_OUT * len(keys),
         moved=context.batch * _kept(shape, keys) * size
-        + sum(keys) * (context.rows * shape.heads * SCORE_PASSES * size + 2 * copied),
+        + sum(keys) * (context.rows * shape.heads * touched + 2 * copied),
         flops=4 * context.rows * queries * sum(keys),
         rate=context.dtype or "float32",
     )
@@ -85,6 +87,20 @@ def written_out(context: EstimateContext, *, copies: int = 2) -> Iterator[Term]:
         yield Term(
             name="mask", bytes=context.rows * context.met * (size + 1), during="pass", launches=10
         )
+
+
+def _touched(size: int, *, converted: bool, special: bool) -> int:
+    """Return the bytes of a score that plain operators read and write, one after the other.
+
+    Args:
+        size: bytes of a number of the model's.
+        converted: whether an operator of its own makes it float32 for softmax.
+        special: whether it is float32 already when it is scaled and masked, as in the engine's.
+    """
+    between = FLOAT32 if special else size
+    cast = size + FLOAT32 if size < FLOAT32 else 0
+    softmax = FLOAT32 + (FLOAT32 if converted else size)
+    return size + 2 * 2 * between + cast * (1 + converted) + softmax + size
 
 
 def special(context: EstimateContext) -> bool:

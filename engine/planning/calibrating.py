@@ -90,6 +90,8 @@ class Measured:
     """'prompt', 'token' → what the plan counts in their passes."""
     seconds: Mapping[str, float]
     """The same → medians."""
+    least: Mapping[str, float]
+    """The same → those of the fastest run."""
     peak_bytes: int
     """In the long prompt's run."""
 
@@ -116,12 +118,17 @@ class StandIn:
         self.runs.append(answer(self.session, self.prompt))
 
     def measured(self) -> Measured:
-        """Return medians of all runs."""
-        seconds = {
-            "prompt": statistics.median(run.time_to_first_token for run in self.runs),
-            "token": statistics.median(1 / (run.tokens_per_second or 1.0) for run in self.runs),
+        """Return medians of all runs, and the fastest."""
+        runs = {
+            "prompt": [run.time_to_first_token for run in self.runs],
+            "token": [1 / (run.tokens_per_second or 1.0) for run in self.runs],
         }
-        return Measured(self.prices, seconds, self.peak_bytes)
+        return Measured(
+            prices=self.prices,
+            seconds={name: statistics.median(taken) for name, taken in runs.items()},
+            least={name: min(taken) for name, taken in runs.items()},
+            peak_bytes=self.peak_bytes,
+        )
 
 
 def calibrate(
@@ -176,27 +183,26 @@ def _rig() -> Rig:
 
 
 def fit(
-    found: Mapping[str, Measured], points: Sequence[str], reading: float | None = None
+    found: Mapping[str, Measured], names: Sequence[str], reading: float | None = None
 ) -> Calibration:
     """Return the figures that give back what the stand-ins took.
 
     Args:
-        points: names of those that tell bandwidth and arithmetic.
+        names: of those that tell bandwidth and arithmetic.
         reading: bytes per second of a device that reads while operators are started.
     """
     launch, fixed = _launching(found["narrow"], found["deep"])
     reserve, retained = None, 1.0  # what an allocator of the device counts is tensors alone
     if reading is None:
         reserve, retained = _memory(found["narrow"], found["wide"])
+        points = tuple(_point(found[name], launch, fixed) for name in names)
+    else:
+        beside = _beside_prompts(found["narrow"], found["deep"])
+        points = tuple(_point_of_prompt(found[name], beside, reading) for name in names)
     return Calibration(
         launch=launch,
         fixed=fixed,
-        points=tuple(
-            _point(found[name], launch, fixed)
-            if reading is None
-            else _point_of_prompt(found[name], fixed, reading)
-            for name in points
-        ),
+        points=points,
         reserve=reserve,
         retained=retained,
         measured=date.today().isoformat(),
@@ -209,6 +215,15 @@ def _launching(narrow: Measured, deep: Measured) -> tuple[float, float]:
     taken = deep.seconds["token"] - narrow.seconds["token"]
     launch = max(taken / (theirs - ours), 1e-7)
     return launch, narrow.seconds["token"] - launch * ours
+
+
+def _beside_prompts(narrow: Measured, deep: Measured) -> float:
+    """Return the seconds of a long prompt's pass that are neither operators' nor the device's.
+
+    Of the fastest runs: of a busy computer's others show that it starts operators more slowly.
+    """
+    launch, _ = _launching(*(replace(each, seconds=each.least) for each in (narrow, deep)))
+    return max(narrow.least["prompt"] - launch * _work(narrow.prices["prompt"])[0], 0.0)
 
 
 def _point(measured: Measured, launch: float, fixed: float) -> Point:
@@ -229,9 +244,9 @@ def _point(measured: Measured, launch: float, fixed: float) -> Point:
     return Point(bytes=passes[0][0].weight_bytes, bandwidth=1 / per_byte, flops=1 / per_flop)
 
 
-def _point_of_prompt(measured: Measured, fixed: float, reading: float) -> Point:
+def _point_of_prompt(measured: Measured, beside: float, reading: float) -> Point:
     """Return the arithmetic, of a device whose bandwidth is known and that waits for nothing."""
-    priced, seconds = measured.prices["prompt"], measured.seconds["prompt"] - max(fixed, 0.0)
+    priced, seconds = measured.prices["prompt"], measured.least["prompt"] - beside
     per_flop = 1e-15
     for _ in range(REPEATS):
         moved, flops = _slower(priced, 1 / reading, per_flop)

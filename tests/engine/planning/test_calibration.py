@@ -58,7 +58,7 @@ def measured(launches: float, weights: int, flops: float, *, passing: int) -> Me
     prices = {name: Pass(context, tuple(found), rates) for name, found in terms.items()}
     seconds = {name: cost(rates, found).seconds for name, found in terms.items()}
     peak = RESERVE + weights + int(TRUE.retained * passing)
-    return Measured(prices, seconds, peak)
+    return Measured(prices, seconds, seconds, peak)
 
 
 def test_the_figures_behind_what_was_measured_are_found() -> None:
@@ -79,6 +79,35 @@ def test_the_figures_behind_what_was_measured_are_found() -> None:
         assert ours.bytes == theirs.bytes
         assert ours.bandwidth == pytest.approx(theirs.bandwidth, rel=0.01)
         assert ours.flops == pytest.approx(theirs.flops, rel=0.01)
+
+
+def test_a_gpus_arithmetic_is_told_from_what_a_prompt_takes_beside_it() -> None:
+    launch, beside, reading, flops = 1e-5, 3e-3, 1e12, 4e14
+
+    def shown(launches: int, computed: float) -> Measured:
+        terms = {
+            "token": [Term(name="weights", bytes=1000, launches=launches)],
+            "prompt": [
+                Term(name="weights", bytes=1000, launches=launches),
+                Term(name="products", flops=computed, rate="float32"),
+            ],
+        }
+        context: Any = None
+        prices = {name: Pass(context, tuple(found), None) for name, found in terms.items()}
+        least = {
+            "token": launch * launches,
+            "prompt": beside + max(launch * launches, computed / flops),
+        }
+        # The computer is busy with other work most of the time, which the device does not mind.
+        busy = {"token": 2 * least["token"], "prompt": least["prompt"] + launch * launches}
+        return Measured(prices, busy, least, 0)
+
+    models = {"narrow": shown(100, 0), "deep": shown(1000, 0), "wide": shown(150, 4e12)}
+    found = fit(models, ("wide",), reading)
+    assert found.launch == pytest.approx(2 * launch)
+    (point,) = found.points
+    assert point.bandwidth == reading
+    assert point.flops == pytest.approx(flops, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.contexts import Term
 from engine.planning.planner import plan
 from engine.recipe import compose
+from tests.conftest import Build
 
 
 def terms(name: str, *words: str, part: str = "token") -> list[Term]:
@@ -27,6 +32,35 @@ def test_plain_attention_reads_the_cache_and_copies_what_heads_share(heads: str)
     # Positions that make the scores themselves get keys for every head.
     (made,) = terms("scores of attention", "position_encoding=self-extend", *words[1:])
     assert biased.moved < made.moved < scores.moved
+
+
+class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of tensors of a size that operators read and write."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numbers, self.bytes = numbers, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and func is not torch.ops.aten._unsafe_view.default:
+            tensors = [each for each in (*args, result) if isinstance(each, torch.Tensor)]
+            self.bytes += sum(each.nbytes for each in tensors if each.numel() == self.numbers)
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_plain_attention_touches_scores_as_often_as_is_priced(build: Build, dtype: str) -> None:
+    session = build("attention=eager", f"model.dtype={dtype}", "workload.prompt_tokens=37")
+    shape = session.shape
+    with torch.no_grad(), Touched(shape.heads * 37**2) as found:
+        session.model(torch.arange(37)[None] + 3)
+    terms = plan(session.recipe).prompt.terms
+    (term,) = (term for term in terms if term.name == "scores of attention")
+    # Beside the scores it reads keys and values, and copies them for the heads that share them.
+    read, copied = shape.kv_heads, 2 * shape.heads
+    numbers = 2 * 37 * shape.layers * shape.head_dim * (read + copied)
+    assert term.moved - numbers * session.model.dtype.itemsize == found.bytes
 
 
 def test_longer_prompts_move_more_between_the_products() -> None:
