@@ -48,7 +48,7 @@ class CheckContext:
     @property
     def dtype(self) -> str | None:
         """Return the number format that the model computes in; None where that is not known."""
-        return _dtype(self.recipe, self.shape)
+        return _dtype(self.recipe, self.shape, self.target)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,8 @@ class EstimateContext:
 
     @property
     def dtype(self) -> str | None:
-        """Return the number format that the model computes in; None where that is not known."""
-        return _dtype(self.recipe, self.shape)
+        """Return the number format that the model computes in."""
+        return _dtype(self.recipe, self.shape, self.target)
 
     @property
     def value_bytes(self) -> int:
@@ -106,10 +106,12 @@ VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 """Number format → bytes of a number in it."""
 
 
-def _dtype(recipe: Recipe, shape: ModelShape | None) -> str | None:
+def _dtype(recipe: Recipe, shape: ModelShape | None, target: Target) -> str | None:
     asked = recipe.model.dtype.value
-    stored = None if shape is None else shape.dtype
-    return stored if asked == "auto" else asked
+    if asked != "auto" or shape is None:
+        return None if asked == "auto" else asked
+    # A config that does not tell: as `builder` does it.
+    return shape.dtype or ("float32" if target.kind == "cpu" else "bfloat16")
 
 
 DURING = ("", "pass", "attention", "feed-forward", "logits")

@@ -18,6 +18,8 @@ class Family:
     """A model type of transformers."""
 
     known: bool = False
+    causal: bool = False
+    """Whether it has a model that continues text (AutoModelForCausalLM)."""
     fields: frozenset[str] = frozenset()
     """Names that its config class has, its own and the usual ones."""
     config_code: str = ""
@@ -59,6 +61,7 @@ def family(model_type: str) -> Family:
         config_files = sorted(home.glob("configuration_*.py"))
         return Family(
             known=True,
+            causal=model_type in sources.table("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
             fields=frozenset(kind.__dataclass_fields__) | frozenset(kind.attribute_map),
             config_code="\n".join(path.read_text("utf-8") for path in config_files),
             model_code="\n".join(path.read_text("utf-8") for path in model_files),

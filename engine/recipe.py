@@ -51,6 +51,8 @@ class Model:
     """Run code that the checkpoint brings. Pin `revision` when you do."""
     config: dict[str, Any] = field(default_factory=dict)
     """What its config.json says: for judging and planning before that is on this machine."""
+    note: str = ""
+    """What a plan by `config` should say."""
     source: str = ""
     """Where `config` is from."""
     checked: str = ""
@@ -63,8 +65,9 @@ class Workload:
 
     batch: int = 1
     """Sequences."""
-    prompt_tokens: int = 512
-    """Tokens of each prompt; the answer has up to `decode.max_new_tokens` more."""
+    prompt_tokens: int | None = None
+    """Tokens of each prompt; the answer has up to `decode.max_new_tokens` more. None for 512, or as
+    many as there is room for."""
 
 
 @dataclass

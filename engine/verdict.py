@@ -16,11 +16,13 @@ from engine.errors import (
     Problem,
     RecipeError,
 )
+from engine.families import family
 from engine.hooks import Hooks
 from engine.loading import checkpoint
 from engine.loading.checkpoint import TensorInfo
+from engine.loading.known_models import known_config
 from engine.planning.calibration import known
-from engine.planning.passes import Pricer
+from engine.planning.passes import Pricer, limit
 from engine.recipe import Recipe, slots
 from engine.rules import Rule
 from engine.shape import ModelShape, read_shape
@@ -104,12 +106,13 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
 def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
     """Return the shape of the checkpoint, None when it is not known or broken, and what is wrong.
 
-    Where config.json is not on this machine, the recipe's own `model.config` tells.
+    Where config.json is not on this machine, the recipe's own `model.config` tells, or that of a
+    model with the same path that recipes know.
     """
     try:
         folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=False)
         if folder is None:
-            stated = recipe.model.config
+            stated = recipe.model.config or known_config(recipe.model.path)
             return (read_shape(stated) if stated else None), []
         config = checkpoint.read_config(folder)
         return read_shape(config, _tensors(folder)), []
@@ -151,12 +154,28 @@ def _unmet(hooks: Hooks, traits: Mapping[str, str], context: CheckContext) -> It
 def _end_of_context(context: CheckContext) -> Iterable[str]:
     """Note an answer that can never become as long as it is asked for."""
     asked = getattr(context.recipe.decode, "max_new_tokens", 0)
-    limit = context.reshaped.max_positions if context.reshaped else None
-    if limit is not None and asked > limit:
+    end = limit(context.recipe, context.reshaped) if context.reshaped else None
+    if end is not None and asked + (context.recipe.workload.prompt_tokens or 0) > end:
         yield (
-            f"decode.max_new_tokens={asked}: the model has positions for {limit} tokens, prompt "
-            "and answer together, and answers end there"
+            f"decode.max_new_tokens={asked}: there is room for {end:,} tokens, prompt and answer "
+            "together, and answers end there"
         )
+
+
+def _too_long(context: CheckContext) -> Iterable[Problem]:
+    """Refuse a prompt that leaves no room for an answer."""
+    recipe, shape = context.recipe, context.reshaped
+    asked = recipe.workload.prompt_tokens
+    end = limit(recipe, shape) if shape else None
+    if shape and asked is not None and end is not None and asked >= end:
+        whose = "the model" if end == shape.max_positions else "the cache"
+        room = max(end - int(getattr(recipe.decode, "max_new_tokens", 0)), end // 2)
+        yield Problem(
+            message=f"workload.prompt_tokens={asked}: {whose} has room for {end:,} tokens, prompt "
+            "and answer together",
+            hint=f"workload.prompt_tokens={room}",
+            code="prompt-too-long", where="workload",
+        )  # fmt: skip
 
 
 def _notes(hooks: Hooks, traits: Mapping[str, str]) -> Iterable[str]:
@@ -191,16 +210,27 @@ def _own(context: CheckContext) -> Iterable[Problem]:
             code="plugin-contract", slot="decode",
         )  # fmt: skip
     for name in ("batch", "prompt_tokens"):
-        if getattr(recipe.workload, name) < 1:
+        size = getattr(recipe.workload, name)
+        if size is not None and size < 1:
             yield Problem(
-                message=f"workload.{name}={getattr(recipe.workload, name)} must be 1 or more",
+                message=f"workload.{name}={size} must be 1 or more",
                 hint=f"workload.{name}=1", code="value", where="workload",
             )  # fmt: skip
-    if recipe.model.dtype.value == "bfloat16" and "target.bfloat16" not in target.traits:
+    yield from _too_long(context)
+    if context.dtype == "bfloat16" and "target.bfloat16" not in target.traits:
+        stored = ", in which the model is stored" if recipe.model.dtype.value == "auto" else ""
         yield Problem(
-            message=f"{target.name} does not compute in bfloat16", hint="model.dtype=float16",
+            message=f"{target.name} does not compute in bfloat16{stored}",
+            hint="model.dtype=float16",
             code="dtype",
-        )  # fmt: skip
+        )
+    if shape is not None and family(shape.model_type).known and not family(shape.model_type).causal:
+        yield Problem(
+            message=f"transformers has no model of {shape.model_type} that continues text "
+            "(AutoModelForCausalLM)",
+            hint="model.path=FOLDER_OR_HUB_ID of a decoder, as those of engine list model",
+            code="not-causal",
+        )
     if recipe.model.trust_remote_code and not recipe.model.revision:
         yield Problem(
             message="model.trust_remote_code runs code that may change from day to day",

@@ -103,6 +103,11 @@ def test_recipes_and_values_are_compared(engine: Run) -> None:
         (("octocoder-4bit-rtx3090", "--plot", "memory.gif"), ".png or .html"),
         (("octocoder-4bit-rtx3090", "--plot", "no/such/memory.png"), "no folder"),
         (("octocoder-4bit-rtx3090", "base", "quantize=awq,nf4"), "awq"),
+        (("base", "model=octocoder", "workload.prompt_tokens=9000"), "workload.prompt_tokens=8064"),
+        (
+            ("llama-3.1-8b-nf4-t4", "workload.prompt_tokens=9000"),
+            "the cache has room for 8,192 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_refused(engine: Run, words: tuple[str, ...], told: str) -> None:
@@ -116,7 +121,28 @@ def test_of_an_unsound_recipe_the_plan_and_the_refusal_are_told(engine: Run) -> 
     done = engine("plan", "octocoder-4bit-rtx3090", "attention=flash", "model.dtype=float32")
     assert done.returncode not in (0, 1, 4)
     assert "packed weights" in done.stdout
+    assert "on rtx3090: REFUSED" in done.stdout
     assert "flash" in done.stderr
+    done = engine(
+        "plan", "octocoder-4bit-rtx3090", "attention=flash", "model.dtype=float32,float16"
+    )
+    assert done.returncode == 0  # one of them can be had
+    (told,) = (line for line in done.stdout.splitlines() if line.startswith("model.dtype=float32:"))
+    assert "flash" in told
+    assert engine("plan", "tiny", "target=t4", "target.usable_gib=0.1,0.2").returncode == 4
+
+
+def test_a_model_that_is_known_by_its_path_is_planned_with_its_known_sizes(engine: Run) -> None:
+    words = ("target=rtx3090", "quantize=nf4")
+    by_path = as_json(engine, "base", "model.path=bigcode/octocoder", *words)
+    assert by_path == as_json(engine, "base", "model=octocoder", *words)
+
+
+def test_what_a_known_model_is_planned_in_is_told(engine: Run) -> None:
+    done = engine("plan", "base", "model=gpt-oss-20b", "target=h100", "quantize=nf4")
+    assert "(20.9 billion weights, bfloat16) on h100: fits" in done.stdout
+    assert "published in 4 bits" in done.stdout
+    assert "quantize=nf4 leaves 99% of the bytes" in done.stdout
 
 
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("b.html", b"<!doctype html>")])
@@ -157,7 +183,7 @@ def test_a_run_says_what_was_planned_and_keeps_the_score(
     lines = (tmp_path / "engine" / "scores.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 4
     done = engine("plan", *words, env=env)
-    assert "plans of 4 runs here were off by (median): peak " in done.stdout
+    assert "plans of 4 runs with these choices here were off by (median): peak " in done.stdout
 
 
 def test_a_machine_is_measured_and_then_known(

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -30,7 +30,7 @@ class Weight:
     trained: bool = True
     """Whether it is a parameter, and no buffer."""
 
-    @property
+    @cached_property
     def module(self) -> str:
         """Return the name of its layer."""
         return self.name.rpartition(".")[0]
@@ -40,7 +40,7 @@ class Weight:
         """Tell whether it is the matrix of a linear layer."""
         return self.linear and len(self.shape) == 2
 
-    @property
+    @cached_property
     def numbers(self) -> int:
         """Return how many numbers it has."""
         return prod(self.shape)

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 def calibrate(arguments: common.Recipes = None, json: common.Json = False) -> None:
     """Measure bandwidth, arithmetic and what starting an operator takes; and remember it.
 
-    Runs small stand-ins for the model, some twenty seconds for each recipe: plain choices in the
-    number formats that this machine computes in, or the choices of the recipes that are named.
+    Runs small stand-ins for the model, from twenty seconds to a few minutes for each recipe: plain
+    choices in the number formats that this machine computes in, or the choices of the recipes that
+    are named. It is this machine that is measured, whatever their target.
 
     engine calibrate
 
@@ -30,6 +31,7 @@ def calibrate(arguments: common.Recipes = None, json: common.Json = False) -> No
 
     from engine.planning import calibration
     from engine.planning.calibrating import calibrate as measure
+    from engine.target import detect
 
     found: dict[str, Calibration] = {}
     with common.progress() as tell:
@@ -42,7 +44,7 @@ def calibrate(arguments: common.Recipes = None, json: common.Json = False) -> No
         common.print_json({"file": str(calibration.file()), "calibrations": entries})
         return
     for name, entry in found.items():
-        print(f"{name}:")
+        print(f"{name}, on {detect().name}:")
         print(f"  an operator takes {entry.launch * 1e6:.1f} us, a pass {entry.fixed * 1e3:.2f} ms")
         for point in entry.points:
             print(
@@ -53,6 +55,11 @@ def calibrate(arguments: common.Recipes = None, json: common.Json = False) -> No
             print(
                 f"  the process takes {entry.reserve / 2**20:,.0f} MiB, and {entry.retained:.1f} "
                 "bytes for each that passes"
+            )
+        if not entry.steady:
+            print(
+                f"  note: the slowest turn took {entry.spread:.1f} times as long as the fastest: "
+                "plans will be as far off. Measure again when the machine has nothing else to do"
             )
     print(f"kept in {calibration.file()}")
 

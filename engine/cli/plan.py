@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from engine.cli import common
-from engine.errors import DoesNotFit
 
 
 def plan(
@@ -26,7 +25,8 @@ def plan(
     """Say what a recipe takes on its target, how fast it will be, and what to change.
 
     Loads nothing: a config.json is enough, of a model that is here or of a known one (engine list
-    model). Several recipes, or several values of a choice, are compared.
+    model). Several recipes, or several values of a choice, are compared. Fails (exit code 4) where
+    nothing fits, and as `engine check` does where nothing is sound.
 
     engine plan llama-3.1-8b-nf4-t4
 
@@ -50,9 +50,9 @@ def plan(
             found = [{"name": name, **each.as_dict()} for name, each in plans.items()]
             common.print_json({"plans": found})
         else:
-            from engine.cli.plan_tables import comparison, console
+            from engine.cli.plan_tables import compare
 
-            console().print(comparison(plans))
+            compare(plans)
     else:
         suggestions = suggest(first)
         if json:
@@ -64,7 +64,7 @@ def plan(
             show(first, suggestions)
     if plot is not None and not json:
         print(f"drawn: {plot}")
-    if not others and first.verdict.problems:
-        if not json and first.verdict.error is not DoesNotFit:  # which the tables have told
+    if all(each.verdict.problems for each in plans.values()):
+        if not (json or others) and first.refused:
             first.verdict.raise_for_problems()
-        raise typer.Exit(first.verdict.error.exit_code)
+        raise typer.Exit(first.verdict.error.exit_code)  # of what the tables have told

@@ -33,14 +33,14 @@ def show(found: Plan, suggestions: list[Suggestion]) -> None:
     for line in (*reach(found), *speed(found)):
         out.print(line)
     if is_here(found.target):
-        out.print(record())
+        out.print(record(found))
     for note in found.notes:
         out.print(f"note: {note}")
     if suggestions:
         out.print()
         out.print("it fits with:")
         out.print(changes(suggestions))
-    elif found.fits is False:
+    elif found.fits is False and not found.refused:
         out.print(
             "no change of quantize, cache or attention, and no known target, makes it fit: "
             "model=NAME of a smaller one (engine list model)"
@@ -50,12 +50,23 @@ def show(found: Plan, suggestions: list[Suggestion]) -> None:
 def headline(found: Plan) -> str:
     """Return the verdict in one line."""
     usable, parameters = found.target.usable_bytes, found.shape.parameters
-    size = "" if parameters is None else f" ({_counted(parameters)} weights)"
-    what = f"{found.recipe.name}: {found.recipe.model.path}{size} on {found.target.name}"
+    dtype = found.token.context.dtype
+    size = "" if parameters is None else f"{_counted(parameters)} weights, "
+    what = f"{found.recipe.name}: {found.recipe.model.path} ({size}{dtype}) on {found.target.name}"
+    told = verdict(found)
     if usable is None:
-        return f"{what}: {_gib(found.peak_bytes)} at its peak; what the target has is not known"
-    verdict = "does NOT fit" if not found.fits else "fits narrowly" if found.tight else "fits"
-    return f"{what}: {verdict}, {_gib(found.peak_bytes)} of {_gib(usable)}"
+        peak = f"{_gib(found.peak_bytes)} at its peak; what the target has is not known"
+        return f"{what}: {told}, {peak}" if told else f"{what}: {peak}"
+    return f"{what}: {told}, {_gib(found.peak_bytes)} of {_gib(usable)}"
+
+
+def verdict(found: Plan) -> str:
+    """Return it in a word or two; '' where what the target has is not known."""
+    if found.refused:
+        return "REFUSED"
+    if found.fits is None:
+        return ""
+    return "does NOT fit" if not found.fits else "fits narrowly" if found.tight else "fits"
 
 
 def memory(found: Plan) -> Table:
@@ -108,10 +119,10 @@ def speed(found: Plan) -> Iterator[str]:
             "of another one, target.bandwidth_gbs and target.tflops tell"
         )
         return
-    best = "" if found.at_best is None else f", {found.at_best:,.1f} if all drafts were right"
+    best = "" if found.at_best is None else f", {_rate(found.at_best)} if all drafts were right"
     binds = found.binds
     yield (
-        f"decoding: {rate:,.1f} tokens/s{best} (limited by {binds['decode']}) · "
+        f"decoding: {_rate(rate)} tokens/s{best} (limited by {binds['decode']}) · "
         f"first token after {_seconds(first)} (by {binds['prefill']})"
     )
     for what, advice in found.advice.items():
@@ -119,9 +130,9 @@ def speed(found: Plan) -> Iterator[str]:
     yield f"  by {rates.origin}"
 
 
-def record() -> str:
+def record(plan: Plan) -> str:
     """Say how far plans of this machine were off so far."""
-    found = summary()
+    found = summary(plan.recipe)
     if not found["runs"]:
         return "no run here has been held against its plan yet"
     words = {
@@ -130,7 +141,11 @@ def record() -> str:
         "peak_memory_bytes": "peak",
     }
     parts = [f"{word} {found[name]:.0%}" for name, word in words.items() if name in found]
-    return f"plans of {found['runs']:,} runs here were off by (median): {', '.join(parts)}"
+    whose = "these" if found["same"] else "other"
+    return (
+        f"plans of {found['runs']:,} runs with {whose} choices here were off by (median): "
+        f"{', '.join(parts)}"
+    )
 
 
 def changes(suggestions: list[Suggestion]) -> Table:
@@ -145,16 +160,26 @@ def changes(suggestions: list[Suggestion]) -> Table:
         table.add_row(
             "  " + " ".join(each.overrides),
             _gib(each.plan.peak_bytes),
-            "" if rate is None else f"{rate:,.1f}",
+            "" if rate is None else _rate(rate),
             each.costs,
         )
     return table
 
 
+def compare(plans: Mapping[str, Plan]) -> None:
+    """Print several plans side by side, and why some are refused."""
+    out = console()
+    out.print(comparison(plans))
+    for name, found in plans.items():
+        for problem in found.verdict.problems if found.refused else ():
+            out.print(f"{name}: {problem.message}; {problem.hint}")
+
+
 def comparison(plans: Mapping[str, Plan]) -> Table:
-    """Return several plans side by side."""
+    """Return the table of several plans."""
+    targets = {found.target.name for found in plans.values()}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("plan")
+    table.add_column("plan" if len(targets) > 1 else f"on {targets.pop()}", overflow="fold")
     for title in ("weights", "KV cache", "peak", "usable"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("verdict")
@@ -163,19 +188,16 @@ def comparison(plans: Mapping[str, Plan]) -> Table:
     for name, found in plans.items():
         held, usable = found.token.held, found.target.usable_bytes
         rate, first = found.tokens_per_second, found.time_to_first_token
-        verdict = "refused" if found.verdict.problems and found.fits is not False else (
-            "" if found.fits is None else "fits" if found.fits else "does NOT fit"
-        )  # fmt: skip
         table.add_row(
-            f"{name} on {found.target.name}",
+            name if len(targets) < 2 or "target=" in name else f"{name} on {found.target.name}",
             _gib(found.token.weight_bytes),
             _gib(sum(size for term, size in held.items() if "KV" in term)),
             _gib(found.peak_bytes),
             "" if usable is None else _gib(usable),
-            verdict,
+            verdict(found),
             "" if found.longest_context is None else f"{found.longest_context:,}",
             "" if found.largest_batch is None else f"{found.largest_batch:,}",
-            "" if rate is None else f"{rate:,.1f}",
+            "" if rate is None else _rate(rate),
             "" if first is None else _seconds(first),
         )
     return table
@@ -183,6 +205,10 @@ def comparison(plans: Mapping[str, Plan]) -> Table:
 
 def _counted(number: int) -> str:
     return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate:,.1f}" if rate >= 1 else f"{rate:.2g}"
 
 
 def _gib(size: int) -> str:

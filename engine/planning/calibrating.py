@@ -117,6 +117,12 @@ class StandIn:
         """Answer once, and keep how long that took."""
         self.runs.append(answer(self.session, self.prompt))
 
+    @property
+    def spread(self) -> float:
+        """Return how many times as long the slowest run took as the fastest, per token."""
+        speeds = [run.tokens_per_second or 1.0 for run in self.runs]
+        return max(speeds) / min(speeds)
+
     def measured(self) -> Measured:
         """Return medians of all runs, and the fastest."""
         runs = {
@@ -172,7 +178,10 @@ def remember(recipe: Recipe, models: Mapping[str, StandIn]) -> Calibration:
     """Fit figures to what the stand-ins showed of this machine, and keep them."""
     kind = detect().kind
     reading = None if kind == "cpu" else _reading(kind)
-    found = fit({name: each.measured() for name, each in models.items()}, _rig().points, reading)
+    shown = {name: each.measured() for name, each in models.items()}
+    found = replace(
+        fit(shown, _rig().points, reading), spread=max(each.spread for each in models.values())
+    )
     dtype = models["narrow"].prices["token"].context.dtype or "float32"
     save(recipe, dtype, found)
     return found
@@ -214,7 +223,10 @@ def _launching(narrow: Measured, deep: Measured) -> tuple[float, float]:
     ours, theirs = (_work(each.prices["token"])[0] for each in (narrow, deep))
     taken = deep.seconds["token"] - narrow.seconds["token"]
     launch = max(taken / (theirs - ours), 1e-7)
-    return launch, narrow.seconds["token"] - launch * ours
+    fixed = narrow.seconds["token"] - launch * ours
+    if fixed < 0:  # the machine was slower when it was the deep one's turn
+        return deep.seconds["token"] / theirs, 0.0
+    return launch, fixed
 
 
 def _beside_prompts(narrow: Measured, deep: Measured) -> float:

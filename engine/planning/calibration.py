@@ -34,6 +34,9 @@ SLOTS = ("quantize", "attention", "position_encoding", "cache", "decode")
 IGNORED = frozenset({"max_tokens", "max_new_tokens", "stop", "draft", "draft_revision"})
 """Options that change how much is done, and not what runs."""
 
+UNSTEADY = 2.0
+"""Spread from which on a machine was too busy for its figures to be relied on."""
+
 VERSION = 1
 """Of the file's format: figures of another one are forgotten."""
 
@@ -66,6 +69,13 @@ class Calibration:
     """How much memory a byte takes that passes: allocators keep some of what they get back."""
     measured: str
     """Day: year-month-day."""
+    spread: float = 1.0
+    """How many times as long the slowest turn took as the fastest, of the same work."""
+
+    @property
+    def steady(self) -> bool:
+        """Tell whether the machine was as fast all the time."""
+        return self.spread < UNSTEADY
 
     def rates(self, *, weights: int, formats: Sequence[str], overlaps: bool, origin: str) -> Rates:
         """Return the rates for a model with so many bytes of weights."""
@@ -111,6 +121,8 @@ def known(pricer: Pricer) -> Pricer:
     if found is None:
         return dataclasses.replace(pricer, rates=by_the_book(with_specification(target)))
     origin = f"what was measured of this machine on {found.measured}"
+    if not found.steady:
+        origin += f", when it was busy: turns differed by a factor of {found.spread:.1f}"
     if not exact:
         origin += ", with other choices: `engine calibrate` and the recipe's name measures these"
     measured = found.rates(
@@ -187,7 +199,7 @@ def save(recipe: Recipe, dtype: str, found: Calibration) -> None:
     kept = {name: dataclasses.asdict(entry) for name, entry in _read(place).items()}
     kept[key(recipe, dtype)] = dataclasses.asdict(found)
     place.parent.mkdir(parents=True, exist_ok=True)
-    fresh = place.with_suffix(".new")
+    fresh = place.with_suffix(f".{os.getpid()}.new")
     text = json.dumps({"machine": machine(), "entries": kept}, indent=1)
     fresh.write_text(text + "\n", encoding="utf-8")
     fresh.replace(place)
@@ -215,8 +227,12 @@ def _parsed(place: Path, changed: int) -> Mapping[str, Calibration]:
 
 
 def _entry(values: dict[str, Any]) -> Calibration:
-    points = tuple(Point(**point) for point in values.pop("points"))
-    return Calibration(points=points, **values)
+    points = tuple(Point(**point) for point in values["points"])
+    found = Calibration(**{**values, "points": points})
+    rates = [found.launch, *(rate for point in points for rate in (point.bandwidth, point.flops))]
+    if not points or not all(0 < rate < math.inf for rate in rates):
+        raise ValueError("figures that no machine has")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 from engine.recipe import search_folders
 from engine.target import Target
@@ -14,10 +17,19 @@ BRAND = "NVIDIA "
 
 def known_targets() -> Iterator[Target]:
     """Yield the targets that can be named, nearest folders first."""
+    yield from map(deepcopy, _known(search_folders()))
+
+
+@cache
+def _known(folders: tuple[Path, ...]) -> tuple[Target, ...]:
+    return tuple(_read(folders))
+
+
+def _read(folders: tuple[Path, ...]) -> Iterator[Target]:
     import yaml
 
     seen: set[str] = set()
-    for folder in search_folders():
+    for folder in folders:
         for file in sorted((folder / "target").glob("*.yaml")):
             if file.stem in seen:
                 continue

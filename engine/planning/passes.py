@@ -24,6 +24,10 @@ RESERVE = {"cuda": 600 * 2**20, "mps": 300 * 2**20, "cpu": 400 * 2**20}
 of CUDA (0.5 to 0.9 GiB were seen), or Python with torch and transformers."""
 
 
+USUAL_PROMPT = 512
+"""Tokens of a prompt whose length nobody told."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """One pass, priced."""
@@ -137,19 +141,19 @@ class Pricer:
     @property
     def limit(self) -> int | None:
         """Return the tokens that a sequence can have at most, by the model and by its cache."""
-        cache: Any = self.recipe.cache
-        ends = (self.shape.max_positions, getattr(cache, "max_tokens", None))
-        return min((end for end in ends if end is not None), default=None)
+        return limit(self.recipe, self.shape)
 
     @cached_property
     def lengths(self) -> tuple[int, int]:
         """Return the tokens of the recipe's prompt and answer, as far as they can go."""
         decode: Any = self.recipe.decode
         new = int(decode.max_new_tokens)
-        prompt, limit = self.recipe.workload.prompt_tokens, self.limit
-        if limit is not None:
-            prompt = max(min(prompt, limit - new), min(prompt, limit // 2), 1)
-            new = max(min(new, limit - prompt), 1)
+        asked, end = self.recipe.workload.prompt_tokens, self.limit
+        prompt = USUAL_PROMPT if asked is None else asked
+        if end is not None:
+            if asked is None:
+                prompt = max(min(prompt, end - new), min(prompt, end // 2), 1)
+            new = max(min(new, end - prompt), 1)
         return prompt, new
 
     def peak(self) -> Pass:
@@ -189,6 +193,13 @@ class Pricer:
         """Return what the chosen plugins provide."""
         provided = (getattr(one.plugin, "provides", ()) for one in self.hooks.chosen)
         return frozenset().union(*provided)
+
+
+def limit(recipe: Recipe, shape: ModelShape) -> int | None:
+    """Return the tokens that a sequence can have at most, by the model and by its cache."""
+    cache: Any = recipe.cache
+    ends = (shape.max_positions, getattr(cache, "max_tokens", None))
+    return min((end for end in ends if end is not None), default=None)
 
 
 def _summed(terms: Iterable[Term]) -> dict[str, int]:

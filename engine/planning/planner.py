@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from engine.errors import CheckpointError, Problem
+from engine.errors import CheckpointError, DoesNotFit, Problem
 from engine.planning.passes import Pass, Pricer
 from engine.planning.speed import FIXES
 from engine.recipe import Recipe
@@ -23,6 +23,12 @@ FARTHEST = 2**27
 
 LARGEST = 2**20
 """Sequences beyond which nobody looks how large a batch can be."""
+
+FEW = 4
+"""How many times more may stay plain than is packed before a plan says so."""
+
+IMPOSSIBLE = ("value", "not-causal", "prompt-too-long")
+"""Codes of problems that leave nothing to plan."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,11 @@ class Plan:
         """Tell whether the target has as much; None where it does not say what it has."""
         usable = self.target.usable_bytes
         return None if usable is None else self.peak_bytes <= usable
+
+    @property
+    def refused(self) -> bool:
+        """Tell whether `check` refuses it, whatever memory there is."""
+        return bool(self.verdict.problems) and self.verdict.error is not DoesNotFit
 
     @property
     def tight(self) -> bool:
@@ -144,9 +155,20 @@ class Plan:
     @property
     def notes(self) -> list[str]:
         """Return what is done with the choices, and what the plan leaves out."""
+        return [*self.verdict.notes, *self._notes()]
+
+    def _notes(self) -> Iterator[str]:
+        if self.recipe.model.note:
+            yield f"{self.recipe.model.path} is planned {self.recipe.model.note}"
         states = sum(kind in RECURRENT for kind in self.shape.layer_types)
-        left_out = f"the states of {states} layers without keys and values are not counted"
-        return [*self.verdict.notes, *([left_out] if states else [])]
+        if states:
+            yield f"the states of {states} layers without keys and values are not counted"
+        left, packed = (self.token.held.get(name, 0) for name in ("weights", "packed weights"))
+        if packed and left > FEW * packed:
+            yield (
+                f"quantize={self.recipe.choices['quantize']} leaves {left / (left + packed):.0%} "
+                "of the bytes of weights as they are: embeddings, the head, experts in one tensor"
+            )
 
     def _needed(self, batch: int, tokens: int) -> int:
         """Return what the device must have for sequences of so many tokens."""
@@ -164,6 +186,7 @@ class Plan:
             "model": {
                 "path": self.recipe.model.path,
                 "type": self.shape.model_type,
+                "dtype": self.token.context.dtype,
                 "parameters": self.shape.parameters,
                 "max_positions": self.shape.max_positions,
             },
@@ -198,26 +221,37 @@ class Plan:
 
 
 def plan(recipe: Recipe, *, target: Target | None = None) -> Plan:
-    """Plan a recipe for its target, or another one, also where `check` refuses it.
+    """Plan a recipe for its target, or another one, also where `check` refuses what it is to do.
 
     Raises:
+        RecipeError: when it asks for what cannot be.
         CheckpointError: when the sizes of the model are not known.
         PluginError: when a plugin breaks the hook contract.
     """
     verdict = check(recipe, target=target)
-    if verdict.pricer is None:
+    if verdict.pricer is None or any(each.code in IMPOSSIBLE for each in verdict.problems):
         verdict.raise_for_problems()
-        raise CheckpointError(
-            Problem(
-                message=f"{recipe.model.path}: its config.json is not on this machine, so there is "
-                "nothing to reckon with",
-                hint="model=NAME of a model that is known here (engine list model), or "
-                f"hf download {recipe.model.path} config.json",
-                code="shape-unknown",
-                where=f"model.path={recipe.model.path}",
-            )
+    if verdict.pricer is None:
+        raise _unknown(
+            recipe,
+            "its config.json is not on this machine, so there is nothing to reckon with",
+            "model=NAME of a model that is known here (engine list model), or "
+            f"hf download {recipe.model.path} config.json",
+        )
+    if not verdict.pricer.shape.weights:
+        raise _unknown(
+            recipe,
+            "transformers does not have its code, and its weights are not on this machine, so what "
+            "they take is not known",
+            f"hf download {recipe.model.path}",
         )
     return Plan(verdict, verdict.pricer, recipe.workload.batch, *verdict.pricer.lengths)
+
+
+def _unknown(recipe: Recipe, what: str, hint: str) -> CheckpointError:
+    path = recipe.model.path
+    message, where = f"{path}: {what}", f"model.path={path}"
+    return CheckpointError(Problem(message=message, hint=hint, code="shape-unknown", where=where))
 
 
 def _most(needed: Callable[[int], int], usable: int, farthest: int) -> int:

@@ -18,6 +18,7 @@ from engine.target import detect
 
 if TYPE_CHECKING:
     from engine.contexts import Figures
+    from engine.recipe import Recipe
     from engine.session import Session
 
 LATEST = 500
@@ -131,11 +132,16 @@ def phrase(found: Score) -> str:
     return f"planned: {' · '.join(parts)}{unknown}" if parts else ""
 
 
-def summary() -> dict[str, Any]:
-    """Return how far plans of this machine were off, by the median of its latest runs."""
-    here = detect().name
-    entries = [entry for entry in _entries() if entry.get("device") == here][-LATEST:]
-    found: dict[str, Any] = {"runs": len(entries)}
+def summary(recipe: Recipe) -> dict[str, Any]:
+    """Return how far plans of this machine were off, by the median of its latest runs.
+
+    Of the same model and choices, where there are such runs.
+    """
+    here, same = detect().name, (recipe.model.path, recipe.choices)
+    entries = [entry for entry in _entries() if entry.get("device") == here]
+    own = [entry for entry in entries if (entry.get("model"), entry.get("choices")) == same]
+    entries = (own or entries)[-LATEST:]
+    found: dict[str, Any] = {"runs": len(entries), "same": bool(own)}
     for name in MEASURES:
         errors = [abs(entry["errors"][name]) for entry in entries if name in entry["errors"]]
         if errors:

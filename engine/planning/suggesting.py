@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,7 +12,7 @@ from engine import recipe as recipes
 from engine.composing.library import Library
 from engine.errors import EngineError
 from engine.planning.devices import known_targets
-from engine.planning.planner import Plan, plan
+from engine.planning.planner import MARGIN, Plan, plan
 from engine.recipe import Recipe, Schema
 from engine.registry import installed
 
@@ -21,8 +22,15 @@ SLOTS = ("attention", "cache", "quantize")
 LOSES = ("weights.packed", "cache.quantized", "cache.evicting", "attention.window")
 """Traits of choices that may change the answers."""
 
+ALIKE = 1.02
+"""Plans whose memory or speed differ by less than this factor are taken as equal."""
+
 MOST = 6
 """Changes of choices that are shown."""
+
+
+Alternatives = list[tuple[str, Any]]
+"""Names of choices, with what they are."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +59,45 @@ def suggest(found: Plan) -> list[Suggestion]:
     """Return what makes a plan fit that does not: other choices, smaller workloads, other targets.
 
     Choices come first, those that are exact before those that round, and faster ones before slower
-    ones; then asking for less; last the smallest target where it fits as it is.
+    ones; then asking for less; last the smallest target where it fits as it is, or with its
+    weights packed where no choice is enough.
     """
-    if found.fits is not False:
+    if found.fits is not False or found.refused:
         return []
-    choices = _choices(found)
-    choices.sort(key=lambda each: (round(each.lost, 2), -(each.plan.tokens_per_second or 0.0)))
-    return [*choices[:MOST], *_asking_for_less(found), *_elsewhere(found)]
-
-
-def _choices(found: Plan) -> list[Suggestion]:
     alternatives = {slot: list(_alternatives(found, slot)) for slot in SLOTS}
+    choices = _unbeaten(_choices(found, alternatives))
+    devices = list(_elsewhere(found))
+    if not choices:
+        packed = list(_packed_elsewhere(found, alternatives["quantize"]))
+        same = devices and packed and devices[0].plan.target == packed[0].plan.target
+        devices = devices if same else [*packed, *devices]
+    return [*choices[:MOST], *_asking_for_less(found), *devices]
+
+
+def _unbeaten(choices: list[Suggestion]) -> list[Suggestion]:
+    """Sort changes by what they cost, and leave out what another beats in loss, speed and size."""
+
+    def slowness(each: Suggestion) -> int:
+        return -round(math.log(each.plan.tokens_per_second or 1.0, ALIKE))
+
+    def needs(each: Suggestion) -> int:
+        chosen = each.plan.verdict.hooks.chosen
+        return sum(len(getattr(one.plugin, "needs", ())) for one in chosen)
+
+    kept: list[Suggestion] = []
+    key = lambda each: (round(each.lost, 2), slowness(each), needs(each))  # noqa: E731
+    for each in sorted(choices, key=key):
+        # Those that are kept already lose no more.
+        beaten = any(
+            slowness(other) <= slowness(each)
+            and other.plan.peak_bytes <= each.plan.peak_bytes * ALIKE
+            for other in kept
+        )
+        kept += [] if beaten else [each]
+    return kept
+
+
+def _choices(found: Plan, alternatives: Mapping[str, Alternatives]) -> list[Suggestion]:
     singles = [
         each
         for slot in SLOTS
@@ -70,13 +106,19 @@ def _choices(found: Plan) -> list[Suggestion]:
     ]
     if singles:
         return singles
-    # Two slots at once, where one is not enough.
+    # Two slots at once, where one is not enough, and weights alone are not too much.
+    packed = [each for each in alternatives["quantize"] if _leaves_room(found, each)]
     pairs = [
-        {one: first, other: second}
-        for one, other in (("quantize", "cache"), ("quantize", "attention"))
-        for first, second in product(alternatives[one], alternatives[other])
+        {"quantize": first, other: second}
+        for other in ("cache", "attention")
+        for first, second in product(packed, alternatives[other])
     ]
     return [each for pair in pairs if (each := _tried(found, pair)) is not None]
+
+
+def _leaves_room(found: Plan, quantize: tuple[str, Any]) -> bool:
+    made = _planned(_changed(found, {"quantize": quantize}))
+    return made is not None and made.token.weight_bytes < (found.target.usable_bytes or 0)
 
 
 def _alternatives(found: Plan, slot: str) -> Iterator[tuple[str, Any]]:
@@ -136,22 +178,27 @@ def _smaller(found: Plan, slot: str, plugin: Any) -> bool:
 def _tried(found: Plan, changes: Mapping[str, tuple[str, Any]]) -> Suggestion | None:
     """Return a change if the recipe is sound with it, and fits."""
     words = {slot: name for slot, (name, _) in changes.items()}
-    changed = replace(
-        found.recipe,
-        choices={**found.recipe.choices, **words},
-        **{slot: plugin for slot, (_, plugin) in changes.items()},
-    )
-    made = _planned(changed)
+    made = _planned(_changed(found, changes))
     if made is None or made.verdict.problems:
         return None
     lost = max(0.0, 1 - _kept(made, found))
     loses = any(set(getattr(plugin, "provides", ())) & set(LOSES) for _, plugin in changes.values())
-    costs = f"may change answers: {1 - lost:.0%} of the bytes are left" if loses else "exact"
+    kept = f" ({1 - lost:.0%} of the bytes are left)" if round(lost, 2) else ""
+    costs = f"may change answers{kept}" if loses else "exact"
     return Suggestion(
         overrides=tuple(f"{slot}={name}" for slot, name in words.items()),
         costs=costs,
         plan=made,
         lost=lost if loses else 0.0,
+    )
+
+
+def _changed(found: Plan, changes: Mapping[str, tuple[str, Any]]) -> Recipe:
+    words = {slot: name for slot, (name, _) in changes.items()}
+    return replace(
+        found.recipe,
+        choices={**found.recipe.choices, **words},
+        **{slot: plugin for slot, (_, plugin) in changes.items()},
     )
 
 
@@ -189,12 +236,26 @@ def _elsewhere(found: Plan) -> Iterator[Suggestion]:
     targets = [target for target in known_targets() if target.kind == found.target.kind]
     targets.sort(key=lambda target: target.usable_bytes or 0)
     for target in targets:
-        if (target.usable_bytes or 0) < found.peak_bytes:
+        if (target.usable_bytes or 0) < found.peak_bytes * MARGIN:
             continue
         made = _planned(replace(found.recipe, target=target))
         if made is not None and not made.verdict.problems:
             yield Suggestion((f"target={target.name}",), "another device", made)
             return
+
+
+def _packed_elsewhere(found: Plan, packings: Alternatives) -> Iterator[Suggestion]:
+    """Yield the smallest target that is enough once weights are packed, and the fastest packing."""
+    ways = []
+    for name, plugin in packings:
+        made = _planned(_changed(found, {"quantize": (name, plugin)}))
+        for each in () if made is None or made.refused else _elsewhere(made):
+            words = (f"quantize={name}", *each.overrides)
+            ways.append(Suggestion(words, "another device, and may change answers", each.plan))
+    ways.sort(
+        key=lambda way: (way.plan.target.usable_bytes or 0, -(way.plan.tokens_per_second or 0.0))
+    )
+    yield from ways[:1]
 
 
 def _planned(changed: Recipe) -> Plan | None:

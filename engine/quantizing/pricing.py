@@ -60,8 +60,9 @@ def terms(
     packed = to_pack(context.shape, kinds=kinds, skip=skip)
     codes, scales, left, space = 0, 0, 0, 0
     others: list[Weight] = []
+    value_bytes = sizes(context)
     for weight in context.shape.weights:
-        size = value_bytes(context, weight)
+        size = value_bytes(weight)
         if weight.module in packed and weight.matrix:
             code, beside = packing.bytes(weight.rows, weight.columns, size)
             codes, scales = codes + code, scales + beside
@@ -104,7 +105,8 @@ def plain(context: EstimateContext) -> Iterator[Term]:
         stored = [each.nbytes for name, each in shape.tensors.items() if not RELICS.search(name)]
         size = sum(stored)
     else:
-        size = sum(weight.numbers * value_bytes(context, weight) for weight in shape.weights)
+        value_bytes = sizes(context)
+        size = sum(weight.numbers * value_bytes(weight) for weight in shape.weights)
     if size:
         yield Term(name="weights", bytes=size)
         yield from products(context, shape.weights)
@@ -156,13 +158,15 @@ def to_pack(
     }
 
 
-def value_bytes(context: EstimateContext, weight: Weight) -> int:
-    """Return the bytes of a number: in the format of the model, or that its class insists on."""
+def sizes(context: EstimateContext) -> Callable[[Weight], int]:
+    """Tell the bytes of a weight's numbers: in the model's format, or that its class insists on."""
     size, drawn = context.value_bytes, context.shape.blueprint
-    if drawn is None or size != 2:
-        return size
-    strict = drawn.stated["_keep_in_fp32_modules_strict"]
-    if context.dtype == "float16":
-        strict |= drawn.stated["_keep_in_fp32_modules"]
-    kept = any(re.search(each.replace("*", ".*"), weight.name) for each in strict)
-    return 4 if kept else size
+    strict: frozenset[str] = frozenset()
+    if drawn is not None and size == 2:
+        strict = drawn.stated["_keep_in_fp32_modules_strict"]
+        if context.dtype == "float16":
+            strict |= drawn.stated["_keep_in_fp32_modules"]
+    if not strict:
+        return lambda weight: size
+    kept = re.compile("|".join(each.replace("*", ".*") for each in sorted(strict)))
+    return lambda weight: 4 if kept.search(weight.name) else size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -56,6 +56,13 @@ class TorchAo:
     kind: Kind = Kind.int8
     skip_modules: list[str] = field(default_factory=list)
     provides: ClassVar[tuple[str, ...]] = ("weights.packed",)
+
+    @property
+    def excludes(self) -> Mapping[str, str]:
+        """Name where there are no such numbers."""
+        if self.kind is not Kind.float8:
+            return {}
+        return {"target.mps": "quantize=torchao: the GPU of a Mac has no 8-bit floating point"}
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:

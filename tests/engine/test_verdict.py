@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,6 +127,38 @@ def test_another_target_is_judged_instead(model: ModelFolder) -> None:
 def test_bfloat16_is_refused_where_there_is_none(model: ModelFolder) -> None:
     found = verdict.check(_compose(model("llama"), "target=t4", "model.dtype=bfloat16"))
     assert found.problems[0].hint == "model.dtype=float16"
+    stored = recipe.compose("base", ["model=llama-3.1-8b", "quantize=nf4", "target=t4"])
+    (problem,) = verdict.check(stored).problems
+    assert "in which the model is stored" in problem.message
+    assert verdict.check(recipe.compose("base", ["model=llama-3.1-8b", "target=l4"])).ok
+
+
+def test_a_config_without_a_number_format_is_read_as_the_builder_does(tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for target, size in (("cpu", 4), ("l4", 2)):
+        pricer = verdict.check(_compose(tmp_path, f"target={target}")).pricer
+        assert pricer is not None
+        assert pricer.prompt(1, 8, 1).context.value_bytes == size
+
+
+def test_a_model_that_continues_no_text_is_refused(tmp_path: Path) -> None:
+    config = {"model_type": "t5", "vocab_size": 64, "d_model": 64, "num_layers": 2, "num_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (problem,) = verdict.check(_compose(tmp_path)).problems
+    assert problem.code == "not-causal"
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(model: ModelFolder) -> None:
+    folder = model("llama")
+    for words, whose in (([], "the model"), (["cache=static", "cache.max_tokens=32"], "the cache")):
+        end = 32 if words else CONTEXT
+        made = _compose(folder, *words, f"workload.prompt_tokens={end}", "decode.max_new_tokens=4")
+        (problem,) = verdict.check(made).problems
+        assert f"{whose} has room for {end} tokens" in problem.message
+        assert problem.hint == f"workload.prompt_tokens={end - 4}"
+        assert verdict.check(_compose(folder, *words, problem.hint, "decode.max_new_tokens=4")).ok
 
 
 def test_remote_code_wants_a_pinned_revision(model: ModelFolder) -> None:

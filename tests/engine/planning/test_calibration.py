@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,24 @@ def test_a_gpus_arithmetic_is_told_from_what_a_prompt_takes_beside_it() -> None:
     (point,) = found.points
     assert point.bandwidth == reading
     assert point.flops == pytest.approx(flops, rel=0.01)
+
+
+def test_a_machine_that_slows_down_starts_no_pass_before_it_begins() -> None:
+    models = {
+        "narrow": measured(100, 1000, 1e6, passing=0),
+        "deep": measured(500, 1000, 1e6, passing=0),
+    }
+    slower = {name: 1.5 * each for name, each in models["deep"].seconds.items()}
+    models["deep"] = replace(models["deep"], seconds=slower)
+    found = fit(models | {"wide": measured(150, 160_000_000, 80e9, passing=0)}, ("wide",))
+    assert found.fixed == 0
+    assert found.launch == pytest.approx(slower["token"] / 500, rel=0.01)
+
+
+def test_figures_of_a_busy_machine_say_so() -> None:
+    for spread, told in ((1.4, False), (3.1, True)):
+        calibration.save(embedded(), "float32", replace(TRUE, spread=spread))
+        assert ("differed by a factor of 3.1" in plan(embedded()).as_dict()["rates"]) == told
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_a_run_is_planned_as_it_was(build: Build) -> None:
 
 def test_the_score_is_kept_and_summed_up(build: Build, home: Path) -> None:
     session = build()
-    assert scoring.summary() == {"runs": 0}
+    assert scoring.summary(session.recipe) == {"runs": 0, "same": False}
     for size in (2**29, 2**30, 2**31):
         score = scoring.score(session, figures(peak_memory_bytes=size))
         assert scoring.keep(session, score, figures()) == ""
@@ -46,8 +46,15 @@ def test_the_score_is_kept_and_summed_up(build: Build, home: Path) -> None:
     entries = [json.loads(line) for line in lines]
     assert [entry["recipe"] for entry in entries] == ["base"] * 3
     errors = [abs(entry["errors"]["peak_memory_bytes"]) for entry in entries]
-    assert scoring.summary()["runs"] == 3
-    assert scoring.summary()["peak_memory_bytes"] == sorted(errors)[1]
+    found = scoring.summary(session.recipe)
+    assert found["runs"] == 3
+    assert found["peak_memory_bytes"] == sorted(errors)[1]
+    assert found["same"]
+    # Of other choices, and of none other once there are such runs.
+    other = build("attention=eager")
+    assert scoring.summary(other.recipe) == found | {"same": False}
+    scoring.keep(other, scoring.score(other, figures()), figures())
+    assert scoring.summary(other.recipe)["runs"] == 1
 
 
 @pytest.mark.parametrize("torn", ["", '{"errors": ', "[]", '{"errors": 3}', '{"errors": {}}'])
@@ -57,7 +64,7 @@ def test_a_torn_line_spoils_no_score(build: Build, torn: str) -> None:
     with scoring.file().open("a", encoding="utf-8") as lines:
         lines.write(f"{torn}\n")
     scoring.keep(session, scoring.score(session, figures()), figures())
-    assert scoring.summary()["runs"] == 2
+    assert scoring.summary(session.recipe)["runs"] == 2
 
 
 def test_runs_of_another_device_do_not_count(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +73,7 @@ def test_runs_of_another_device_do_not_count(build: Build, monkeypatch: pytest.M
     other = detect()
     other.name = "another"
     monkeypatch.setattr(scoring, "detect", lambda: other)
-    assert scoring.summary()["runs"] == 0
+    assert scoring.summary(session.recipe)["runs"] == 0
 
 
 def test_a_score_that_cannot_be_kept_breaks_no_run(
@@ -78,4 +85,4 @@ def test_a_score_that_cannot_be_kept_breaks_no_run(
     session = build()
     told = scoring.keep(session, scoring.score(session, figures()), figures())
     assert told.startswith("the score was not kept: ")
-    assert scoring.summary() == {"runs": 0}
+    assert scoring.summary(session.recipe) == {"runs": 0, "same": False}

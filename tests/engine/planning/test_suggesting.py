@@ -71,5 +71,34 @@ def test_the_smallest_device_where_it_fits_is_named() -> None:
     assert smaller == []
 
 
+def test_where_no_choice_is_enough_a_device_for_packed_weights_is_named_too() -> None:
+    packed, plain = suggest(planned(*TOO_LARGE["everything"]))
+    assert [word.partition("=")[0] for word in packed.overrides] == ["quantize", "target"]
+    assert [word.partition("=")[0] for word in plain.overrides] == ["target"]
+    assert (packed.plan.target.usable_gib or 0) < (plain.plan.target.usable_gib or 0)
+
+
+def test_no_change_is_beaten_by_another() -> None:
+    choices = [each for each in suggest(planned(*TOO_LARGE["weights"])) if each.lost]
+    for one in choices:
+        for other in choices:
+            worse = other.plan.peak_bytes > one.plan.peak_bytes
+            slower = (other.plan.tokens_per_second or 0) < (one.plan.tokens_per_second or 0)
+            assert other is one or worse or slower or other.lost > one.lost
+
+
+def test_of_equals_the_one_that_needs_less_is_named() -> None:
+    words = ["quantize=nf4", "model=octocoder", "target=rtx3090", "attention=eager"]
+    first = suggest(planned(*words, "workload.prompt_tokens=8000"))[0]
+    assert first.overrides == ("attention=native",)  # flash is as fast, of another package
+
+
+def test_what_is_refused_anyway_gets_no_changes() -> None:
+    found = planned("model=llama-3.1-8b", "model.dtype=bfloat16", "target=t4")
+    assert found.fits is False
+    assert found.refused
+    assert suggest(found) == []
+
+
 def test_what_fits_needs_no_change() -> None:
     assert suggest(planned("model=llama-3.1-8b", "model.dtype=bfloat16", "target=h100")) == []
