@@ -83,7 +83,9 @@ def written_out(context: EstimateContext, *, copies: int = 2) -> Iterator[Term]:
         flops=4 * context.rows * queries * sum(keys),
         rate=context.dtype or "float32",
     )
-    if context.new > 1:
+    if "position.bias" in _provided(context):
+        yield from biases(context)
+    elif context.new > 1:
         yield Term(
             name="mask", bytes=context.rows * context.met * (size + 1), during="pass", launches=10
         )
@@ -101,6 +103,21 @@ def _touched(size: int, *, converted: bool, special: bool) -> int:
     cast = size + FLOAT32 if size < FLOAT32 else 0
     softmax = FLOAT32 + (FLOAT32 if converted else size)
     return size + 2 * 2 * between + cast * (1 + converted) + softmax + size
+
+
+def biases(context: EstimateContext) -> Iterator[Term]:
+    """Price a mask that has a bias for every head, if there is one: made once, read by each layer."""
+    if "position.bias" not in _provided(context):
+        return
+    size, numbers = context.value_bytes, context.rows * context.shape.heads * context.met
+    cast = size + FLOAT32 if size < FLOAT32 else 0
+    yield Term(
+        name="biases",
+        bytes=numbers * size,
+        during="pass",
+        launches=10,
+        moved=numbers * (FLOAT32 + cast + (2 + context.shape.layers) * size),
+    )
 
 
 def special(context: EstimateContext) -> bool:

@@ -140,8 +140,11 @@ class Sdpa:
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price a fused kernel, or the fallback."""
-        written_out = self.kernel is Kernel.math
-        yield from costs.written_out(context) if written_out else costs.fused(context)
+        if self.kernel is Kernel.math:
+            yield from costs.written_out(context)
+        else:
+            yield from costs.fused(context)
+            yield from costs.biases(context)
 
     @hookimpl
     def attention(self, context: AttentionContext) -> Attention:

@@ -55,17 +55,22 @@ class Touched(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_plain_attention_touches_scores_as_often_as_is_priced(build: Build, dtype: str) -> None:
-    session = build("attention=eager", f"model.dtype={dtype}", "workload.prompt_tokens=37")
+@pytest.mark.parametrize("position_encoding", ["native", "alibi"])
+def test_plain_attention_touches_scores_as_often_as_is_priced(
+    build: Build, dtype: str, position_encoding: str
+) -> None:
+    words = ("attention=eager", f"model.dtype={dtype}", f"position_encoding={position_encoding}")
+    session = build(*words, "workload.prompt_tokens=37")
     shape = session.shape
     with torch.no_grad(), Touched(shape.heads * 37**2) as found:
         session.model(torch.arange(37)[None] + 3)
     terms = plan(session.recipe).prompt.terms
-    (term,) = (term for term in terms if term.name == "scores of attention")
-    # Beside the scores it reads keys and values, and copies them for the heads that share them.
-    read, copied = shape.kv_heads, 2 * shape.heads
+    moved = sum(term.moved for term in terms if term.name in ("scores of attention", "biases"))
+    # Beside the scores it reads keys and values; the model's own code copies them for the heads
+    # that share them.
+    read, copied = shape.kv_heads, 2 * shape.heads if position_encoding == "native" else 0
     numbers = 2 * 37 * shape.layers * shape.head_dim * (read + copied)
-    assert term.moved - numbers * session.model.dtype.itemsize == found.bytes
+    assert moved - numbers * session.model.dtype.itemsize == found.bytes
 
 
 def test_longer_prompts_move_more_between_the_products() -> None:
