@@ -68,8 +68,9 @@ class Target:
     def _traits(self) -> Iterator[str]:
         yield f"target.{self.kind}"
         capability = tuple(map(int, self.capability.split("."))) if self.capability else (0, 0)
-        # Metal computes in bfloat16 since macOS 14, which torch 2.6 and newer require anyway.
-        if self.kind in ("cpu", "mps") or capability >= (8, 0):
+        # Metal computes in bfloat16 since macOS 14, which torch 2.6 and newer require anyway. A GPU
+        # of which nothing is said is taken for one of today's.
+        if self.kind in ("cpu", "mps") or not self.capability or capability >= (8, 0):
             yield "target.bfloat16"
         if capability >= (8, 9):
             yield "target.fp8"

@@ -106,7 +106,7 @@ def _touched(size: int, *, converted: bool, special: bool) -> int:
 
 
 def biases(context: EstimateContext) -> Iterator[Term]:
-    """Price a mask that has a bias for every head, if there is one: made once, read by each layer."""
+    """Price a mask with a bias for every head, where there is one: each layer reads it."""
     if "position.bias" not in _provided(context):
         return
     size, numbers = context.value_bytes, context.rows * context.shape.heads * context.met

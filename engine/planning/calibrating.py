@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.contexts import UNPACKING
 from engine.errors import EngineError, Problem, RecipeError
-from engine.planning.calibration import Calibration, Point, save
+from engine.planning.calibration import Calibration, Point, ensure_writable, save
 from engine.planning.passes import Pass, Pricer
 from engine.recipe import Model, Recipe, Workload, shipped_folder
 from engine.target import Target, detect
@@ -144,7 +144,9 @@ def calibrate(
 
     Raises:
         RecipeError: when the choices do not run on a stand-in here.
+        EngineError: when the figures cannot be kept.
     """
+    ensure_writable()
     with standing_in(recipe, progress=progress) as models:
         for turn in range(ROUNDS):
             progress(f"measuring, turn {turn + 1} of {ROUNDS}")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.contexts import UNPACKING
+from engine.errors import EngineError
 from engine.planning.devices import with_specification
 from engine.planning.passes import Pricer
 from engine.planning.speed import Rates
@@ -194,15 +195,38 @@ def find(recipe: Recipe, dtype: str) -> tuple[Calibration | None, bool]:
 
 
 def save(recipe: Recipe, dtype: str, found: Calibration) -> None:
-    """Keep what was measured, beside what is there of this machine."""
-    place = file()
-    kept = {name: dataclasses.asdict(entry) for name, entry in _read(place).items()}
+    """Keep what was measured, beside what is there of this machine.
+
+    Raises EngineError when it cannot be written.
+    """
+    kept = {name: dataclasses.asdict(entry) for name, entry in _read(file()).items()}
     kept[key(recipe, dtype)] = dataclasses.asdict(found)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    _write(kept)
+
+
+def ensure_writable() -> None:
+    """Write the figures that are there once more: before minutes are spent on measuring others.
+
+    Raises EngineError when they cannot be written.
+    """
+    _write({name: dataclasses.asdict(entry) for name, entry in _read(file()).items()})
+
+
+def _write(kept: Mapping[str, Any]) -> None:
+    place = file()
     fresh = place.with_suffix(f".{os.getpid()}.new")
     text = json.dumps({"machine": machine(), "entries": kept}, indent=1)
-    fresh.write_text(text + "\n", encoding="utf-8")
-    fresh.replace(place)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(text + "\n", encoding="utf-8")
+        fresh.replace(place)
+    except OSError as error:
+        with suppress(OSError):
+            fresh.unlink()
+        raise EngineError(
+            f"what is measured of this machine cannot be kept: {place}: {error.strerror}",
+            hint="keep it elsewhere: XDG_CACHE_HOME=FOLDER",
+        ) from error
     _parsed.cache_clear()
 
 
@@ -230,7 +254,8 @@ def _entry(values: dict[str, Any]) -> Calibration:
     points = tuple(Point(**point) for point in values["points"])
     found = Calibration(**{**values, "points": points})
     rates = [found.launch, *(rate for point in points for rate in (point.bandwidth, point.flops))]
-    if not points or not all(0 < rate < math.inf for rate in rates):
+    others = [found.fixed + 1, found.retained, found.spread, (found.reserve or 0) + 1]
+    if not points or not all(0 < rate < math.inf for rate in (*rates, *others)):
         raise ValueError("figures that no machine has")
     return found
 

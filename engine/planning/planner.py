@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import CheckpointError, DoesNotFit, Problem
+from engine.loading.model_folder import is_local
 from engine.planning.passes import Pass, Pricer
 from engine.planning.speed import FIXES
 from engine.recipe import Recipe
@@ -243,7 +244,9 @@ def plan(recipe: Recipe, *, target: Target | None = None) -> Plan:
             recipe,
             "transformers does not have its code, and its weights are not on this machine, so what "
             "they take is not known",
-            f"hf download {recipe.model.path}",
+            "put its safetensors beside config.json"
+            if is_local(recipe.model.path)
+            else f"hf download {recipe.model.path}",
         )
     return Plan(verdict, verdict.pricer, recipe.workload.batch, *verdict.pricer.lengths)
 

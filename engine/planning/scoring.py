@@ -143,7 +143,8 @@ def summary(recipe: Recipe) -> dict[str, Any]:
     entries = (own or entries)[-LATEST:]
     found: dict[str, Any] = {"runs": len(entries), "same": bool(own)}
     for name in MEASURES:
-        errors = [abs(entry["errors"][name]) for entry in entries if name in entry["errors"]]
+        stated = [entry["errors"].get(name) for entry in entries]
+        errors = [abs(error) for error in stated if isinstance(error, (int, float))]
         if errors:
             found[name] = statistics.median(errors)
     return found

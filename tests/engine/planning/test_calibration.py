@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 
 from engine.contexts import Term
+from engine.errors import EngineError
 from engine.planning import calibration
-from engine.planning.calibrating import Measured, fit
+from engine.planning.calibrating import Measured, calibrate, fit
 from engine.planning.calibration import Calibration, Point
 from engine.planning.passes import Pass
 from engine.planning.planner import plan
@@ -194,6 +196,38 @@ def test_a_file_that_cannot_be_read_is_no_measurement(text: str) -> None:
     assert plan(embedded()).tokens_per_second is None
     calibration.save(embedded(), "float32", TRUE)  # and is written anew
     assert plan(embedded()).tokens_per_second is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"launch": "x"}, {"launch": -1}, {"fixed": "x"}, {"fixed": None}, {"fixed": -2},
+        {"points": []}, {"points": [{"bytes": 1}]}, {"retained": "x"}, {"reserve": "x"},
+        {"reserve": -5}, {"spread": None}, {"nonsense": 1},
+    ],
+)  # fmt: skip
+def test_figures_that_no_machine_has_are_no_measurement(changes: dict[str, Any]) -> None:
+    calibration.save(embedded(), "float32", TRUE)
+    content = json.loads(calibration.file().read_text("utf-8"))
+    for entry in content["entries"].values():
+        entry |= changes
+    calibration.file().write_text(json.dumps(content), encoding="utf-8")
+    calibration._parsed.cache_clear()
+    assert plan(embedded()).tokens_per_second is None
+
+
+def test_what_cannot_be_kept_is_refused_before_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(EngineError, match=r"cannot be kept.*Not a directory[\s\S]*XDG_CACHE_HOME"):
+        calibrate(embedded())
+    calibration.file().parent.parent.unlink()
+    calibration.file().mkdir(parents=True)
+    with pytest.raises(EngineError, match="cannot be kept"):
+        calibration.save(embedded(), "float32", TRUE)
+    assert [each.name for each in calibration.file().parent.iterdir()] == ["calibration.json"]
 
 
 @pytest.mark.parametrize(

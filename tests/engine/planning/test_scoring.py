@@ -67,6 +67,18 @@ def test_a_torn_line_spoils_no_score(build: Build, torn: str) -> None:
     assert scoring.summary(session.recipe)["runs"] == 2
 
 
+def test_an_error_that_is_no_number_does_not_count(build: Build) -> None:
+    session = build()
+    scoring.keep(session, scoring.score(session, figures()), figures())
+    found = scoring.summary(session.recipe)
+    (line,) = scoring.file().read_text("utf-8").splitlines()
+    entry = json.loads(line)
+    entry["errors"] = dict.fromkeys(entry["errors"], "x")
+    with scoring.file().open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(entry) + "\n")
+    assert scoring.summary(session.recipe) == found | {"runs": 2}
+
+
 def test_runs_of_another_device_do_not_count(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     session = build()
     scoring.keep(session, scoring.score(session, figures()), figures())
