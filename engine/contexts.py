@@ -6,6 +6,7 @@ Frozen and one per hook, so that a new field breaks no plugin. In the order of a
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,6 +149,17 @@ class Term:
     """Number format of these, a key of `target.tflops`; or `UNPACKING`."""
     seconds: float = 0.0
     """What takes its time whatever the target."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be: it would be lost in a sum."""
+        for name in ("bytes", "launches", "moved", "flops", "seconds"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not 0 <= value < math.inf:
+                raise ValueError(f"Term {self.name!r} with {name}={value}")
+        if self.during not in DURING:
+            raise ValueError(
+                f"Term {self.name!r} during={self.during!r}, which is none of {DURING}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

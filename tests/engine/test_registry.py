@@ -475,6 +475,22 @@ def test_terms_hold_numbers() -> None:
         _hooks(Odd()).estimate(CONTEXT)
 
 
+@pytest.mark.parametrize(
+    "term",
+    [{"bytes": -1}, {"moved": float("nan")}, {"seconds": float("inf")}, {"during": "sleep"}],
+)
+def test_terms_that_cannot_be_are_blamed_on_their_plugin(term: dict[str, Any]) -> None:
+    @dataclass
+    class Odd:
+        @hookimpl
+        def estimate(self, context: Any) -> Iterator[Term]:
+            yield Term(name="weights", **term)
+
+    ((field, value),) = term.items()
+    with pytest.raises(PluginError, match=f"Term 'weights' (with )?{field}={value!r}"):
+        _hooks(Odd()).estimate(CONTEXT)
+
+
 @dataclass
 class Receipting:
     receipt: Any = None
