@@ -6,6 +6,7 @@ A verb imports what it needs when it is called: `engine --help` loads neither Hy
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from typing import NoReturn
@@ -65,6 +66,8 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 def main() -> None:
     """Run a verb; errors become one message and an exit code."""
+    # What imports make stays: looking through it again and again takes a tenth of the time.
+    gc.set_threshold(20_000, 10, 10)
     streams.prepare()
     try:
         try:
