@@ -84,9 +84,11 @@ def _unbeaten(choices: list[Suggestion]) -> list[Suggestion]:
         chosen = each.plan.verdict.hooks.chosen
         return sum(len(getattr(one.plugin, "needs", ())) for one in chosen)
 
+    def cost(each: Suggestion) -> tuple[float, int, int]:
+        return round(each.lost, 2), slowness(each), needs(each)
+
     kept: list[Suggestion] = []
-    key = lambda each: (round(each.lost, 2), slowness(each), needs(each))  # noqa: E731
-    for each in sorted(choices, key=key):
+    for each in sorted(choices, key=cost):
         # Those that are kept already lose no more.
         beaten = any(
             slowness(other) <= slowness(each)
