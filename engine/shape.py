@@ -120,6 +120,11 @@ class ModelShape:
         return tuple(_as_stored(self.tensors)) if self.blueprint is None else self.blueprint.weights
 
     @property
+    def weighed(self) -> bool:
+        """Tell whether the bytes of its weights are known: of packed ones, as they are stored."""
+        return bool(self.tensors if self.quantization else self.weights)
+
+    @property
     def parameters(self) -> int | None:
         """Return how many numbers its weights have, or None when unknown."""
         return sum(weight.numbers for weight in self.weights if weight.trained) or None

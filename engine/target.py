@@ -22,6 +22,10 @@ from typing import Any
 from engine.errors import Problem, RecipeError, choices_hint
 
 KINDS = ("auto", "cuda", "cpu", "mps")
+FORMATS = ("float32", "float16", "bfloat16", "int8")
+"""Number formats whose rates a target tells."""
+LEAST, MOST = 1e-6, 1e9
+"""Between these are all figures of machines, whatever their unit."""
 GIB = 2**30
 UNIFIED_MEMORY_SHARE = 0.7
 """Of Apple's shared memory: the least that Metal was reported to grant."""
@@ -83,7 +87,7 @@ def resolve(target: Target) -> Target:
 
     Raises RecipeError, with every field that has an impossible value.
     """
-    problems = list(_problems(target))
+    problems = list(problems_of(target))
     if problems:
         raise RecipeError(problems)
     if target.kind == "cpu" and target.usable_gib is None:
@@ -108,7 +112,9 @@ def detect() -> Target:
     return found
 
 
-def _problems(target: Target) -> Iterator[Problem]:
+def problems_of(target: Target) -> Iterator[Problem]:
+    """Yield what is wrong with a target's values."""
+
     def problem(message: str, hint: str) -> Problem:
         return Problem(message=message, hint=hint, code="target", where="target")
 
@@ -119,14 +125,25 @@ def _problems(target: Target) -> Iterator[Problem]:
         )
     for name in ("label_gb", "usable_gib", "bandwidth_gbs", "launch_us"):
         value = getattr(target, name)
-        if value is not None and not value > 0:
+        if value is not None and not LEAST <= value <= MOST:
             yield problem(f"target.{name} must be above 0, not {value}", f"target.{name}=16")
     for dtype, value in target.tflops.items():
-        if not value > 0:
+        if dtype not in FORMATS:
+            yield problem(
+                f"target.tflops.{dtype}: rates are told of {', '.join(FORMATS)}",
+                choices_hint(dtype, FORMATS, prefix="target.tflops."),
+            )
+        if not LEAST <= value <= MOST:
             yield problem(
                 f"target.tflops.{dtype} must be above 0, not {value}", f"target.tflops.{dtype}=100"
             )
+    shares = ("bandwidth", "tflops", *FORMATS)
     for name, share in target.efficiency.items():
+        if name not in shares:
+            yield problem(
+                f"target.efficiency.{name}: shares are told of {', '.join(shares)}",
+                choices_hint(name, shares, prefix="target.efficiency."),
+            )
         if not 0 < share <= 1:
             yield problem(
                 f"target.efficiency.{name} must be above 0 and at most 1, not {share}",

@@ -100,6 +100,8 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
     excess = [] if spread or pricer is None else pricer.refusal()
     notes = [*_notes(hooks, traits), *_end_of_context(context)]
+    if reshaped is not None and not reshaped.weighed:
+        notes.append("what its weights take is not known before they are on this machine")
     return Verdict(recipe, hooks, target, reshaped, excess, pricer, DoesNotFit, notes)
 
 

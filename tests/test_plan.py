@@ -140,6 +140,27 @@ def test_a_model_that_is_known_by_its_path_is_planned_with_its_known_sizes(engin
     assert by_path == by_name
 
 
+def test_packed_weights_that_are_not_here_are_no_nothing(engine: Run, tmp_path: Path) -> None:
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "intermediate_size": 128}
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    text = json.dumps(config | {"quantization_config": packed})
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    words = ("base", f"model.path={tmp_path}", "target=h100")
+    done = engine("plan", *words)
+    assert done.returncode == 3
+    assert "its weights are not on this machine" in done.stderr
+    assert "note: what its weights take is not known" in engine("check", *words).stdout
+
+
+def test_a_draft_that_is_known_by_its_path_is_counted(engine: Run) -> None:
+    words = ("base", "model=llama-3.1-70b", "target=b200")
+    draft = ("decode=assisted", "decode.draft=meta-llama/Llama-3.1-8B-Instruct")
+    alone, both = as_json(engine, *words), as_json(engine, *words, *draft)
+    assert both["decode"]["held"]["draft weights"] == 2 * 8_030_261_248
+    assert both["peak_bytes"] > alone["peak_bytes"] + 2 * 8_030_261_248
+
+
 def test_what_a_known_model_is_planned_in_is_told(engine: Run) -> None:
     done = engine("plan", "base", "model=gpt-oss-20b", "target=h100", "quantize=nf4")
     assert "(20.9 billion weights, bfloat16) on h100: fits" in done.stdout
@@ -150,6 +171,9 @@ def test_what_a_known_model_is_planned_in_is_told(engine: Run) -> None:
 @pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("b.html", b"<!doctype html>")])
 def test_memory_is_drawn(engine: Run, tmp_path: Path, name: str, start: bytes) -> None:
     file = tmp_path / name
+    odd = tmp_path / "a$\\b$.yaml"  # no formula
+    odd.write_text("defaults: [tiny]\n", encoding="utf-8")
+    assert engine("plan", str(odd), "--plot", str(file)).returncode == 0
     words = ("base", "model=llama-3.1-8b", "target=a10", "quantize=none,nf4")
     done = engine("plan", *words, "--plot", str(file))
     assert done.returncode == 0, done.stderr

@@ -3,11 +3,11 @@
     .venv/bin/python tools/score_plan.py                     # half an hour on two cores
     .venv/bin/python tools/score_plan.py --only nf4 --rounds 3
 
-A machine that others use as well is faster in one minute than in the next. So all recipes take
-turns, each in a process of its own (20 GB together): the stand-ins of `engine calibrate`, and the
-two models whose plans are scored, the embedded one and one of random weights. Medians of the turns
-are compared. Then `engine run` answers with each model, alone, as a user has it: that tells the
-peak of memory, and how far plans are off at another moment. Raw numbers go to tools/measured/.
+A machine that others use as well is faster in one minute than in the next. So the stand-ins of
+`engine calibrate` and the two models whose plans are scored, the embedded one and one of random
+weights, take turns in one process, and medians of the turns are compared. Then `engine run` answers
+with each model, alone in its process, as a user has it: this tells the peak of memory, and how far
+plans are off at another moment. Raw numbers go to tools/measured/.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import date
 from importlib import metadata
 from itertools import combinations
@@ -38,9 +37,8 @@ from rich.table import Table
 from engine.builder import build
 from engine.cli.plan_tables import console
 from engine.contexts import Figures
-from engine.planning.calibrating import StandIn, remember, standing_in
-from engine.recipe import Recipe, compose, shipped_folder
-from engine.session import Session
+from engine.planning.calibrating import remember, standing_in
+from engine.recipe import compose, shipped_folder
 from engine.target import detect
 
 FILE = Path(__file__).resolve().parent / "measured" / "plans-cpu.json"
@@ -134,95 +132,49 @@ def main() -> None:
 
 
 def measured(folder: Path, names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
-    """Measure all recipes in turns, then each alone, with both models."""
+    """Measure recipe by recipe, with both models."""
     random = written(folder / "random")
     homes = {"XDG_CACHE_HOME": str(folder), "XDG_STATE_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
     os.environ.update(homes)
-    turns = in_turns(names, random, rounds)
-    for name in track(names, "alone", console=Console(stderr=True)):
+    for name in track(names, console=Console(stderr=True)):
+        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
+            turns = process.submit(in_turns, name, random, rounds).result()
         for model, words in recipes(name, random).items():
             found = engine("run", *words, "-p", PROMPT, "--json")
             alone = found["plan"]["measured"]
-            peak = {"peak_memory_bytes": [alone["peak_memory_bytes"]]}
             yield {
                 "recipe": name,
                 "model": model,
                 "prompt_tokens": found["figures"]["prompt_tokens"],
                 "new_tokens": found["figures"]["new_tokens"],
                 "planned": found["plan"]["planned"],
-                "measured": turns[name][model] | peak,
+                "measured": turns[model] | {"peak_memory_bytes": [alone["peak_memory_bytes"]]},
                 "alone": {measure: [alone[measure]] for measure in MEASURES},
             }
 
 
-Taken = dict[str, dict[str, list[float]]]
-"""Model → measure → what each turn took."""
-
-
-def in_turns(names: Sequence[str], random: Path, rounds: int) -> dict[str, Taken]:
-    """Let all recipes calibrate and answer in turns, each in a process of its own."""
+def in_turns(name: str, random: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Calibrate and answer with both models, in turns; return what each turn of these took."""
+    words = recipes(name, random)
+    both = {model: compose(base, more) for model, (base, *more) in words.items()}
     with ExitStack() as stack:
-        spawn = get_context("spawn")
-        processes = {
-            name: stack.enter_context(ProcessPoolExecutor(max_workers=1, mp_context=spawn))
-            for name in names
-        }
-
-        def everywhere(what: str, do: Callable[..., Any], *given: Any) -> dict[str, Any]:
-            shown = track(names, what, console=Console(stderr=True))
-            return {name: processes[name].submit(do, name, *given).result() for name in shown}
-
-        everywhere("building", begin, random)
-        for number in range(rounds):
-            everywhere(f"turn {number + 1} of {rounds}", turn)
-        return everywhere("fitting", end)
-
-
-@dataclass
-class Contender:
-    """A recipe in its process: stand-ins, sessions of both models, and what their turns showed."""
-
-    recipe: Recipe
-    stand_ins: Mapping[str, StandIn]
-    sessions: Mapping[str, Session]
-    runs: dict[str, list[Figures]] = field(default_factory=lambda: {name: [] for name in MODELS})
-    stack: ExitStack = field(default_factory=ExitStack)
-
-
-HERE: dict[str, Contender] = {}
-"""The one of this process."""
-
-
-def begin(name: str, random: Path) -> None:
-    """Build what will take turns."""
-    both = {model: compose(base, more) for model, (base, *more) in recipes(name, random).items()}
-    stack = ExitStack()
-    stand_ins = stack.enter_context(standing_in(both[MODELS[1]]))
-    sessions = {model: stack.enter_context(build(recipe)) for model, recipe in both.items()}
-    for session in sessions.values():
-        session.generate(PROMPT)
-    HERE[name] = Contender(both[MODELS[1]], stand_ins, sessions, stack=stack)
-
-
-def turn(name: str) -> None:
-    """Answer once with each."""
-    for stand_in in HERE[name].stand_ins.values():
-        stand_in.run()
-    for model, session in HERE[name].sessions.items():
-        HERE[name].runs[model].append(session.generate(PROMPT).figures)
-
-
-def end(name: str) -> Taken:
-    """Keep what the stand-ins showed, and return what the turns of the models took."""
-    contender = HERE.pop(name)
-    with contender.stack:
-        remember(contender.recipe, contender.stand_ins)
+        stand_ins = stack.enter_context(standing_in(both[MODELS[1]]))
+        sessions = {model: stack.enter_context(build(recipe)) for model, recipe in both.items()}
+        for session in sessions.values():
+            session.generate(PROMPT)
+        runs: dict[str, list[Figures]] = {model: [] for model in MODELS}
+        for _ in range(rounds):
+            for stand_in in stand_ins.values():
+                stand_in.run()
+            for model, session in sessions.items():
+                runs[model].append(session.generate(PROMPT).figures)
+        remember(both[MODELS[1]], stand_ins)
     return {
         model: {
             measure: [float(getattr(figures, measure)) for figures in found]
             for measure in MEASURES if measure != "peak_memory_bytes"
         }
-        for model, found in contender.runs.items()
+        for model, found in runs.items()
     }  # fmt: skip
 
 

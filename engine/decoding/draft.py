@@ -11,6 +11,7 @@ from engine.decoding.speculation import RECURRENT, croppable
 from engine.errors import CheckpointError, Problem, RecipeError
 from engine.loading import checkpoint
 from engine.loading.common import quiet
+from engine.loading.known_models import known_config
 from engine.shape import ModelShape, read_shape
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 
 
 def read_draft(path: str, revision: str | None) -> ModelShape | None:
-    """Return a draft's shape, or None while its config.json is not on this machine.
+    """Return a draft's shape, or None while nobody here knows its config.json.
 
     Raises CheckpointError for what is not there, or is no model.
     """
     folder = checkpoint.locate(path, revision, download=False)
     if folder is None:
-        return None
+        stated = known_config(path)
+        return read_shape(stated) if stated else None
     return read_shape(checkpoint.read_config(folder), checkpoint.tensors(folder))
 
 

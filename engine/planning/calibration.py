@@ -38,6 +38,9 @@ IGNORED = frozenset({"max_tokens", "max_new_tokens", "stop", "draft", "draft_rev
 UNSTEADY = 2.0
 """Spread from which on a machine was too busy for its figures to be relied on."""
 
+TINY, HUGE = 1e-12, 1e21
+"""Between these is everything that a machine can show."""
+
 VERSION = 1
 """Of the file's format: figures of another one are forgotten."""
 
@@ -116,7 +119,9 @@ def known(pricer: Pricer) -> Pricer:
     """
     target, recipe = pricer.target, pricer.recipe
     found, exact = None, False
-    if is_here(target):
+    asked = recipe.target
+    stated = asked.bandwidth_gbs or asked.launch_us or asked.tflops  # figures of the user's own
+    if is_here(target) and not stated:
         plain = pricer.prompt(1, 2, 1)
         found, exact = find(recipe, plain.context.dtype or "float32")
     if found is None:
@@ -186,9 +191,9 @@ def find(recipe: Recipe, dtype: str) -> tuple[Calibration | None, bool]:
     exact = entries.get(key(recipe, dtype))
     if exact is not None:
         return exact, True
+    same = f'"dtype": "{dtype}"'
     plain = [
-        entry for name, entry in entries.items()
-        if json.loads(name)["dtype"] == dtype and "Unquantized" in name
+        entry for name, entry in entries.items() if same in name and "Unquantized" in name
     ]  # fmt: skip
     others = plain or [entry for name, entry in entries.items() if "Unquantized" in name]
     return next(iter(others), None), False
@@ -245,17 +250,25 @@ def _parsed(place: Path, changed: int) -> Mapping[str, Calibration]:
         content = json.loads(place.read_text("utf-8"))
         if content["machine"] != machine():
             return {}
-        return {name: _entry(values) for name, values in content["entries"].items()}
-    except (OSError, ValueError, LookupError, TypeError):
+        entries = dict(content["entries"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
+    found = {}
+    for name, values in entries.items():
+        with suppress(ValueError, LookupError, TypeError):  # the others are as good as before
+            found[name] = _entry(values)
+    return found
 
 
 def _entry(values: dict[str, Any]) -> Calibration:
     points = tuple(Point(**point) for point in values["points"])
     found = Calibration(**{**values, "points": points})
     rates = [found.launch, *(rate for point in points for rate in (point.bandwidth, point.flops))]
-    others = [found.fixed + 1, found.retained, found.spread, (found.reserve or 0) + 1]
-    if not points or not all(0 < rate < math.inf for rate in (*rates, *others)):
+    sizes = [found.retained, found.spread, *(point.bytes for point in points)]
+    zeros = [found.fixed, found.reserve or 0]
+    if not points or not all(TINY < each < HUGE for each in (*rates, *sizes)):
+        raise ValueError("figures that no machine has")
+    if not all(0 <= each < HUGE for each in zeros):
         raise ValueError("figures that no machine has")
     return found
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from engine.recipe import search_folders
-from engine.target import Target
+from engine.target import Target, problems_of
 
 BRAND = "NVIDIA "
 """Newer drivers put it before the name of a GPU, older ones do not."""
@@ -27,6 +29,8 @@ def _known(folders: tuple[Path, ...]) -> tuple[Target, ...]:
 
 def _read(folders: tuple[Path, ...]) -> Iterator[Target]:
     import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     seen: set[str] = set()
     for folder in folders:
@@ -34,10 +38,13 @@ def _read(folders: tuple[Path, ...]) -> Iterator[Target]:
             if file.stem in seen:
                 continue
             seen.add(file.stem)
-            try:
-                yield Target(**(yaml.safe_load(file.read_text("utf-8")) or {}))
-            except (OSError, ValueError, TypeError, yaml.YAMLError):
-                continue  # composing a recipe with it says what is wrong with it
+            # Composing a recipe with a broken one says what is wrong with it.
+            with suppress(OSError, ValueError, OmegaConfBaseException, yaml.YAMLError):
+                stated = yaml.safe_load(file.read_text("utf-8")) or {}
+                typed = OmegaConf.merge(OmegaConf.structured(Target), stated)
+                made: Any = OmegaConf.to_object(typed)
+                if not list(problems_of(made)):
+                    yield replace(made, name=file.stem)  # which is how it is chosen
 
 
 def with_specification(target: Target) -> Target:

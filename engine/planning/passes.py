@@ -54,7 +54,10 @@ class Pass:
     @property
     def bytes(self) -> Mapping[str, int]:
         """Return what the device must have, by name."""
-        found = {**self.held, **self.passing, "runtime reserve": self.reserve}
+        found: dict[str, int] = {}
+        parts = (*self.held.items(), *self.passing.items(), ("runtime reserve", self.reserve))
+        for name, size in parts:
+            found[name] = found.get(name, 0) + size
         return {name: size for name, size in found.items() if size}
 
     @property

@@ -160,7 +160,8 @@ def _figure(plans: Mapping[str, Plan], series: Mapping[str, dict[int, Mapping[st
                 xytext=(0, 3), textcoords="offset points", va="bottom", fontsize=9,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )  # fmt: skip
-        axis.set_title(label if len(plans) > 1 else f"{label} on {found.target.name}", fontsize=10)
+        title = label if len(plans) > 1 else f"{label} on {found.target.name}"
+        axis.set_title(title, fontsize=10, parse_math=False)
         axis.set_xlabel("tokens of prompt and answer")
         axis.tick_params(axis="x", rotation=45)
         axis.spines[["top", "right"]].set_visible(False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
-from engine.errors import CheckpointError, DoesNotFit, Problem
+from engine.errors import CheckpointError, DoesNotFit, EngineError, Problem
 from engine.loading.model_folder import is_local
 from engine.planning.passes import Pass, Pricer
 from engine.planning.speed import FIXES
@@ -239,11 +240,13 @@ def plan(recipe: Recipe, *, target: Target | None = None) -> Plan:
             "model=NAME of a model that is known here (engine list model), or "
             f"hf download {recipe.model.path} config.json",
         )
-    if not verdict.pricer.shape.weights:
+    if find_spec("transformers") is None:
+        raise EngineError("transformers is not installed", hint="pip install recipe-engine")
+    if not verdict.pricer.shape.weighed:
         raise _unknown(
             recipe,
-            "transformers does not have its code, and its weights are not on this machine, so what "
-            "they take is not known",
+            "its weights are not on this machine, and what they take is not known without them: "
+            "they are packed, or transformers does not have its code",
             "put its safetensors beside config.json"
             if is_local(recipe.model.path)
             else f"hf download {recipe.model.path}",

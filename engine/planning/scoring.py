@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterator, Mapping
@@ -144,7 +145,9 @@ def summary(recipe: Recipe) -> dict[str, Any]:
     found: dict[str, Any] = {"runs": len(entries), "same": bool(own)}
     for name in MEASURES:
         stated = [entry["errors"].get(name) for entry in entries]
-        errors = [abs(error) for error in stated if isinstance(error, (int, float))]
+        errors = [
+            abs(error) for error in stated if isinstance(error, float) and math.isfinite(error)
+        ]
         if errors:
             found[name] = statistics.median(errors)
     return found
@@ -153,12 +156,12 @@ def summary(recipe: Recipe) -> dict[str, Any]:
 def _entries() -> Iterator[dict[str, Any]]:
     try:
         lines = file().read_text("utf-8").splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the last line of a run that was killed
         if isinstance(entry, dict) and isinstance(entry.get("errors"), dict):
             yield entry

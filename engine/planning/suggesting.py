@@ -235,7 +235,10 @@ def _workload(
 
 def _elsewhere(found: Plan) -> Iterator[Suggestion]:
     """Yield the smallest target of the same kind where the recipe fits as it is."""
-    targets = [target for target in known_targets() if target.kind == found.target.kind]
+    known = {target.name: target for target in known_targets()}
+    if found.target != known.get(found.target.name, found.target):
+        return  # it has figures of the user's own, which would stay behind another name
+    targets = [target for target in known.values() if target.kind == found.target.kind]
     targets.sort(key=lambda target: target.usable_bytes or 0)
     for target in targets:
         if (target.usable_bytes or 0) < found.peak_bytes * MARGIN:

@@ -188,7 +188,9 @@ def test_figures_of_another_machine_or_library_are_not_used(
     assert "specification of a10" in other.as_dict()["rates"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"machine": 3}', '{"entries": {"a": {}}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 100_000, '{"machine": 3}', '{"entries": {"a": {}}}']
+)
 def test_a_file_that_cannot_be_read_is_no_measurement(text: str) -> None:
     calibration.save(embedded(), "float32", TRUE)
     calibration.file().write_text(text, encoding="utf-8")
@@ -203,7 +205,9 @@ def test_a_file_that_cannot_be_read_is_no_measurement(text: str) -> None:
     [
         {"launch": "x"}, {"launch": -1}, {"fixed": "x"}, {"fixed": None}, {"fixed": -2},
         {"points": []}, {"points": [{"bytes": 1}]}, {"retained": "x"}, {"reserve": "x"},
-        {"reserve": -5}, {"spread": None}, {"nonsense": 1},
+        {"reserve": -5}, {"spread": None}, {"nonsense": 1}, {"fixed": -0.1}, {"reserve": 10**400},
+        {"points": [{"bytes": 0, "bandwidth": 1e9, "flops": 1e9}]},
+        {"points": [{"bytes": 9, "bandwidth": 1e-320, "flops": 1e9}]},
     ],
 )  # fmt: skip
 def test_figures_that_no_machine_has_are_no_measurement(changes: dict[str, Any]) -> None:
@@ -214,6 +218,20 @@ def test_figures_that_no_machine_has_are_no_measurement(changes: dict[str, Any])
     calibration.file().write_text(json.dumps(content), encoding="utf-8")
     calibration._parsed.cache_clear()
     assert plan(embedded()).tokens_per_second is None
+
+
+def test_a_bad_entry_spoils_no_other() -> None:
+    calibration.save(embedded(), "float32", TRUE)
+    calibration.save(embedded("quantize=nf4"), "float32", replace(TRUE, fixed=-1))
+    assert plan(embedded()).tokens_per_second is not None
+
+
+def test_figures_of_the_users_own_are_not_replaced_by_measured_ones() -> None:
+    calibration.save(embedded(), "float32", TRUE)
+    own = ("target=cpu", "target.launch_us=5", "target.tflops={float32:0.1}")
+    slow, fast = (plan(embedded(*own, f"target.bandwidth_gbs={each}")) for each in (1, 1000))
+    assert "specification" in slow.as_dict()["rates"]
+    assert (slow.tokens_per_second or 0) < (fast.tokens_per_second or 0)
 
 
 def test_what_cannot_be_kept_is_refused_before_it_is_measured(
@@ -259,6 +277,25 @@ def test_a_driver_name_means_a_known_device() -> None:
     assert old.tflops["float16"] == 71
     unknown = Target(name="NVIDIA Unheard 9000", kind="cuda")
     assert with_specification(unknown) == unknown
+
+
+def test_a_target_of_the_users_own_breaks_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from engine.planning.devices import known_targets
+
+    folder = tmp_path / "recipes" / "target"
+    folder.mkdir(parents=True)
+    good = 'name: other\nkind: cuda\nusable_gib: "31"\ncapability: 8.6\n'
+    (folder / "mine.yaml").write_text(good, encoding="utf-8")
+    for number, text in enumerate(("usable_gib: abc", "tflops: 3", "usable_gib: .inf", "{")):
+        (folder / f"bad{number}.yaml").write_text(f"kind: cuda\n{text}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    known = {target.name: target for target in known_targets()}
+    assert not [name for name in known if name.startswith("bad")]
+    assert known["mine"].usable_gib == 31.0  # by the name that chooses it
+    assert known["mine"].capability == "8.6"
+    assert "l4" in known
 
 
 def test_every_known_device_can_be_recognized() -> None:

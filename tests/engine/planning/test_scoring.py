@@ -67,6 +67,12 @@ def test_a_torn_line_spoils_no_score(build: Build, torn: str) -> None:
     assert scoring.summary(session.recipe)["runs"] == 2
 
 
+def test_a_score_that_is_no_text_spoils_nothing(build: Build) -> None:
+    scoring.file().parent.mkdir(parents=True, exist_ok=True)
+    scoring.file().write_bytes(b"\xff\xfe\n")
+    assert scoring.summary(build().recipe)["runs"] == 0
+
+
 def test_an_error_that_is_no_number_does_not_count(build: Build) -> None:
     session = build()
     scoring.keep(session, scoring.score(session, figures()), figures())

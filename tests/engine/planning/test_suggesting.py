@@ -78,6 +78,13 @@ def test_where_no_choice_is_enough_a_device_for_packed_weights_is_named_too() ->
     assert (packed.plan.target.usable_gib or 0) < (plain.plan.target.usable_gib or 0)
 
 
+def test_another_device_is_not_named_to_whom_has_one_of_their_own() -> None:
+    words = ["model=llama-3.1-8b", "model.dtype=bfloat16", "target=l4", "target.usable_gib=12"]
+    suggestions = suggest(planned(*words))
+    assert suggestions
+    assert not [each for each in suggestions if each.overrides[-1].startswith("target=")]
+
+
 def test_no_change_is_beaten_by_another() -> None:
     choices = [each for each in suggest(planned(*TOO_LARGE["weights"])) if each.lost]
     for one in choices:

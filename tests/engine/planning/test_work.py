@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,13 @@ def test_plain_attention_touches_scores_as_often_as_is_priced(
     read, copied = shape.kv_heads, 2 * shape.heads if position_encoding == "native" else 0
     numbers = 2 * 37 * shape.layers * shape.head_dim * (read + copied)
     assert moved - numbers * session.model.dtype.itemsize == found.bytes
+
+
+def test_terms_of_one_name_add_up_wherever_they_are() -> None:
+    found = plan(compose("base", ["model.path=recipes://embedded"])).prompt
+    more = [Term(name=name, bytes=10**10) for name in ("activations", "runtime reserve")]
+    changed = replace(found, terms=(*found.terms, *more))
+    assert sum(changed.bytes.values()) == changed.peak_bytes == found.peak_bytes + 2 * 10**10
 
 
 def test_longer_prompts_move_more_between_the_products() -> None:
