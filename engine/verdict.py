@@ -81,6 +81,7 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     context = CheckContext(
         recipe=recipe, shape=shape, reshaped=reshaped, target=target, traits=frozenset(traits)
     )
+    broken += _not_causal(shape)
     problems = [*_own(context), *_unmet(hooks, traits, context)]
     try:
         problems += hooks.check(context)
@@ -120,6 +121,19 @@ def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
         return read_shape(config, _tensors(folder)), []
     except CheckpointError as error:
         return None, error.problems
+
+
+def _not_causal(shape: ModelShape | None) -> Iterable[Problem]:
+    """Refuse a model that continues no text."""
+    found = None if shape is None else family(shape.model_type)
+    if shape is not None and found is not None and found.known and not found.causal:
+        yield Problem(
+            message=f"transformers has no model of {shape.model_type} that continues text "
+            "(AutoModelForCausalLM)",
+            hint="take another model, a decoder: model.path=FOLDER_OR_HUB_ID, or model=NAME "
+            "(engine list model)",
+            code="not-causal",
+        )
 
 
 def _tensors(folder: Path) -> Mapping[str, TensorInfo]:
@@ -225,13 +239,6 @@ def _own(context: CheckContext) -> Iterable[Problem]:
             message=f"{target.name} does not compute in bfloat16{stored}",
             hint="model.dtype=float16",
             code="dtype",
-        )
-    if shape is not None and family(shape.model_type).known and not family(shape.model_type).causal:
-        yield Problem(
-            message=f"transformers has no model of {shape.model_type} that continues text "
-            "(AutoModelForCausalLM)",
-            hint="model.path=FOLDER_OR_HUB_ID of a decoder, as those of engine list model",
-            code="not-causal",
         )
     if recipe.model.trust_remote_code and not recipe.model.revision:
         yield Problem(

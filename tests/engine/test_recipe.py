@@ -248,7 +248,8 @@ def test_the_text_holds_everything_resolved(write: Write) -> None:
     assert shown["decode"]["max_new_tokens"] == 7
     assert shown["model"] == {
         "path": "recipes://embedded", "revision": None, "dtype": "float16",
-        "trust_remote_code": False, "config": {}, "source": "", "checked": "",
+        "trust_remote_code": False, "config": {}, "note": "", "source": "",
+        "checked": "",
     }  # fmt: skip
     assert "hydra" not in shown
     assert "defaults" not in shown
