@@ -7,7 +7,8 @@ A machine that others use as well is faster in one minute than in the next. So t
 `engine calibrate` and the two models whose plans are scored, the embedded one and one of random
 weights, take turns in one process, and medians of the turns are compared. Then `engine run` answers
 with each model, alone in its process, as a user has it: this tells the peak of memory, and how far
-plans are off at another moment. Raw numbers go to tools/measured/.
+plans are off at another moment. Raw numbers go to tools/measured/, a file for each time that this
+ran; what is printed is the geometric mean of all.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from engine.planning.calibrating import remember, standing_in
 from engine.recipe import compose, shipped_folder
 from engine.target import detect
 
-FILE = Path(__file__).resolve().parent / "measured" / "plans-cpu.json"
+FOLDER = Path(__file__).resolve().parent / "measured"
 
 RECIPES: Mapping[str, tuple[str, ...]] = {
     "float32": ("model.dtype=float32",),
@@ -114,7 +115,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print what was measured before")
     arguments = parser.parse_args()
     if arguments.show:
-        show(json.loads(FILE.read_text("utf-8")))
+        show(pooled())
         return
     names = [name for name in RECIPES if arguments.only in ("", name)]
     with tempfile.TemporaryDirectory() as folder:
@@ -125,10 +126,45 @@ def main() -> None:
         "measured": str(date.today()),
     }
     result |= {"versions": versions(), "prompt": PROMPT, "new": NEW, "runs": runs}
-    if not arguments.only:
-        FILE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        print(f"raw numbers: {FILE}")
-    show(result)
+    if arguments.only:
+        show(runs)
+        return
+    file = FOLDER / f"plans-cpu-{len(files()) + 1}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"raw numbers: {file}")
+    show(pooled())
+
+
+def files() -> list[Path]:
+    """Return where the raw numbers of each time are."""
+    return sorted(FOLDER.glob("plans-cpu-*.json"))
+
+
+def pooled() -> list[dict[str, Any]]:
+    """Return the runs of all times as one each: geometric means of plans, and of medians."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in files():
+        for run in json.loads(file.read_text("utf-8"))["runs"]:
+            found.setdefault((run["recipe"], run["model"]), []).append(run)
+
+    def mean(runs: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
+        # What was planned is a number, what was measured a list of turns.
+        return {
+            measure: statistics.geometric_mean(
+                statistics.median(one if isinstance(one, list) else [one])
+                for one in (run[kind][measure] for run in runs)
+            )
+            for measure in MEASURES
+        }
+
+    def turns(runs: Sequence[Mapping[str, Any]], kind: str) -> dict[str, list[float]]:
+        return {measure: [value] for measure, value in mean(runs, kind).items()}
+
+    return [
+        {"recipe": recipe, "model": model, "planned": mean(runs, "planned")}
+        | {kind: turns(runs, kind) for kind in ("measured", "alone")}
+        for (recipe, model), runs in found.items()
+    ]
 
 
 def measured(folder: Path, names: Sequence[str], rounds: int) -> Iterator[dict[str, Any]]:
@@ -211,16 +247,16 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-def show(result: Mapping[str, Any]) -> None:
+def show(runs: Sequence[Mapping[str, Any]]) -> None:
     """Print planned against measured, for every model and measure."""
     out = console()
     for model in MODELS:
-        out.print(table(result["runs"], model))
+        out.print(table(runs, model))
     for model in MODELS:
         for measure, title in MEASURES.items():
-            out.print(f"{model}, {title}: {verdict(result['runs'], model, measure)}")
+            out.print(f"{model}, {title}: {verdict(runs, model, measure)}")
             if measure != "peak_memory_bytes":
-                out.print(f"  alone: {verdict(result['runs'], model, measure, 'alone')}")
+                out.print(f"  alone: {verdict(runs, model, measure, 'alone')}")
 
 
 def table(runs: Sequence[Mapping[str, Any]], model: str) -> Table:
