@@ -1,12 +1,7 @@
-"""Measure this machine: run a recipe's choices on stand-ins of several sizes, and fit the figures.
+"""Measure this machine: run a recipe's choices on stand-ins of several sizes.
 
-What a step of a narrow model takes is starting operators; of two such models the deeper one tells
-how long that takes. What a wide model takes more is moving weights, and in the pass of a prompt,
-arithmetic. The stand-ins are Llamas with random weights, and go through the engine as any model.
-They take turns, so that a machine that is slower for a while is so for all of them.
-
-A GPU moves the weights of a stand-in while operators are started, which then does not show: there
-a product by a large matrix tells how fast it reads.
+They are Llamas with random weights, and go through the engine as any model. They take turns, so
+that a machine that is slower for a while is so for all of them. What they tell, `fitting` knows.
 """
 
 from __future__ import annotations
@@ -16,16 +11,15 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.contexts import UNPACKING
 from engine.errors import EngineError, Problem, RecipeError
-from engine.planning.calibration import Calibration, Point, ensure_writable, save
+from engine.planning.calibration import Calibration, ensure_writable, save
+from engine.planning.fitting import Measured, fit
 from engine.planning.passes import Pass, Pricer
 from engine.recipe import Model, Recipe, Workload, shipped_folder
 from engine.target import Target, detect
@@ -36,8 +30,8 @@ if TYPE_CHECKING:
 
 NEW = 16
 """Tokens of the answers."""
-REPEATS = 20
-"""Steps in which bandwidth and arithmetic are told apart."""
+PRODUCTS = 20
+"""By a large matrix, of which each measurement consists."""
 ROUNDS = 5
 """Answers of each stand-in that are measured, after one that is not."""
 
@@ -80,20 +74,6 @@ RIGS = {
         prompt=4096,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one stand-in took."""
-
-    prices: Mapping[str, Pass]
-    """'prompt', 'token' → what the plan counts in their passes."""
-    seconds: Mapping[str, float]
-    """The same → medians."""
-    least: Mapping[str, float]
-    """The same → those of the fastest run."""
-    peak_bytes: int
-    """In the long prompt's run."""
 
 
 @dataclass(kw_only=True)
@@ -193,113 +173,6 @@ def _rig() -> Rig:
     return RIGS["cpu" if detect().kind == "cpu" else "cuda"]
 
 
-def fit(
-    found: Mapping[str, Measured], names: Sequence[str], reading: float | None = None
-) -> Calibration:
-    """Return the figures that give back what the stand-ins took.
-
-    Args:
-        names: of those that tell bandwidth and arithmetic.
-        reading: bytes per second of a device that reads while operators are started.
-    """
-    launch, fixed = _launching(found["narrow"], found["deep"])
-    reserve, retained = None, 1.0  # what an allocator of the device counts is tensors alone
-    if reading is None:
-        reserve, retained = _memory(found["narrow"], found["wide"])
-        points = tuple(_point(found[name], launch, fixed) for name in names)
-    else:
-        beside = _beside_prompts(found["narrow"], found["deep"])
-        points = tuple(_point_of_prompt(found[name], beside, reading) for name in names)
-    return Calibration(
-        launch=launch,
-        fixed=fixed,
-        points=points,
-        reserve=reserve,
-        retained=retained,
-        measured=date.today().isoformat(),
-    )
-
-
-def _launching(narrow: Measured, deep: Measured) -> tuple[float, float]:
-    """Return the seconds of an operator, and those of a pass beside."""
-    ours, theirs = (_work(each.prices["token"])[0] for each in (narrow, deep))
-    taken = deep.seconds["token"] - narrow.seconds["token"]
-    launch = max(taken / (theirs - ours), 1e-7)
-    fixed = narrow.seconds["token"] - launch * ours
-    if fixed < 0:  # the machine was slower when it was the deep one's turn
-        return deep.seconds["token"] / theirs, 0.0
-    return launch, fixed
-
-
-def _beside_prompts(narrow: Measured, deep: Measured) -> float:
-    """Return the seconds of a long prompt's pass that are neither operators' nor the device's.
-
-    Of the fastest runs: of a busy computer's others show that it starts operators more slowly.
-    """
-    launch, _ = _launching(*(replace(each, seconds=each.least) for each in (narrow, deep)))
-    return max(narrow.least["prompt"] - launch * _work(narrow.prices["prompt"])[0], 0.0)
-
-
-def _point(measured: Measured, launch: float, fixed: float) -> Point:
-    """Return bandwidth and arithmetic: two unknowns, of a token's pass and a long prompt's."""
-    passes = [(measured.prices[name], measured.seconds[name]) for name in ("token", "prompt")]
-    rests = [
-        max(seconds - fixed - launch * _work(priced)[0], seconds / 20) for priced, seconds in passes
-    ]
-    (_, moved, _), (_, _, flops) = (_work(priced) for priced, _ in passes)
-    per_byte, per_flop = rests[0] / moved, rests[1] / flops
-    for _ in range(REPEATS):
-        # What one term moves and computes goes on at once: the slower of the two counts.
-        (moved, few), (more, flops) = (_slower(priced, per_byte, per_flop) for priced, _ in passes)
-        if moved:
-            per_byte = max(rests[0] - few * per_flop, rests[0] / 20) / moved
-        if flops:
-            per_flop = max(rests[1] - more * per_byte, rests[1] / 20) / flops
-    return Point(bytes=passes[0][0].weight_bytes, bandwidth=1 / per_byte, flops=1 / per_flop)
-
-
-def _point_of_prompt(measured: Measured, beside: float, reading: float) -> Point:
-    """Return the arithmetic, of a device whose bandwidth is known and that waits for nothing."""
-    priced, seconds = measured.prices["prompt"], measured.least["prompt"] - beside
-    per_flop = 1e-15
-    for _ in range(REPEATS):
-        moved, flops = _slower(priced, 1 / reading, per_flop)
-        per_flop = max(seconds - moved / reading, seconds / 20) / flops
-    return Point(bytes=measured.prices["token"].weight_bytes, bandwidth=reading, flops=1 / per_flop)
-
-
-def _slower(priced: Pass, per_byte: float, per_flop: float) -> tuple[float, float]:
-    """Return the bytes of the terms that wait for memory, and the operations of those that do not.
-
-    Args:
-        per_byte: seconds to move one.
-        per_flop: seconds of an operation.
-    """
-    moved, flops = 0.0, 0.0
-    for term in priced.terms:
-        if term.rate == UNPACKING or term.moved * per_byte >= term.flops * per_flop:
-            moved += term.moved
-        else:
-            flops += term.flops
-    return moved, flops
-
-
-def _memory(narrow: Measured, wide: Measured) -> tuple[int, float]:
-    """Return what the process takes, and what it keeps of a byte that passes."""
-    held = [sum(each.prices["prompt"].held.values()) for each in (narrow, wide)]
-    passing = [sum(each.prices["prompt"].passing.values()) for each in (narrow, wide)]
-    rest = [each.peak_bytes - size for each, size in zip((narrow, wide), held, strict=True)]
-    retained = max((rest[1] - rest[0]) / max(passing[1] - passing[0], 1), 1.0)
-    return max(int(rest[0] - retained * passing[0]), 0), retained
-
-
-def _work(priced: Pass) -> tuple[float, float, float]:
-    """Return operators, bytes and operations of a pass."""
-    launches = sum(term.launches for term in priced.terms)
-    moved = sum(term.moved for term in priced.terms)
-    return launches, moved, sum(term.flops for term in priced.terms)
-
-
 def _reading(kind: str) -> float:
     """Return the bytes per second of a product by a matrix, as a step of one token is."""
     import torch
@@ -310,11 +183,11 @@ def _reading(kind: str) -> float:
     for _ in range(ROUNDS + 1):
         torch.accelerator.synchronize()
         start = time.perf_counter()
-        for _ in range(REPEATS):
+        for _ in range(PRODUCTS):
             matrix @ vector
         torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - start)
-    return REPEATS * matrix.nbytes / statistics.median(seconds[1:])
+    return PRODUCTS * matrix.nbytes / statistics.median(seconds[1:])
 
 
 def _stand_in(recipe: Recipe, folder: Path, prompt: int) -> Recipe:

@@ -12,8 +12,9 @@ import pytest
 from engine.contexts import Term
 from engine.errors import EngineError
 from engine.planning import calibration
-from engine.planning.calibrating import Measured, calibrate, fit
+from engine.planning.calibrating import calibrate
 from engine.planning.calibration import Calibration, Point
+from engine.planning.fitting import Measured, fit
 from engine.planning.passes import Pass
 from engine.planning.planner import plan
 from engine.planning.speed import Rates, cost
