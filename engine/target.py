@@ -112,6 +112,10 @@ def detect() -> Target:
     return found
 
 
+def _between(value: float) -> str:
+    return f"must be above 0, not {value:g}" if value <= 0 else f"is {value:g}, as of no machine"
+
+
 def problems_of(target: Target) -> Iterator[Problem]:
     """Yield what is wrong with a target's values."""
 
@@ -126,7 +130,7 @@ def problems_of(target: Target) -> Iterator[Problem]:
     for name in ("label_gb", "usable_gib", "bandwidth_gbs", "launch_us"):
         value = getattr(target, name)
         if value is not None and not LEAST <= value <= MOST:
-            yield problem(f"target.{name} must be above 0, not {value}", f"target.{name}=16")
+            yield problem(f"target.{name} {_between(value)}", f"target.{name}=16")
     for dtype, value in target.tflops.items():
         if dtype not in FORMATS:
             yield problem(
@@ -134,9 +138,7 @@ def problems_of(target: Target) -> Iterator[Problem]:
                 choices_hint(dtype, FORMATS, prefix="target.tflops."),
             )
         if not LEAST <= value <= MOST:
-            yield problem(
-                f"target.tflops.{dtype} must be above 0, not {value}", f"target.tflops.{dtype}=100"
-            )
+            yield problem(f"target.tflops.{dtype} {_between(value)}", f"target.tflops.{dtype}=100")
     shares = ("bandwidth", "tflops", *FORMATS)
     for name, share in target.efficiency.items():
         if name not in shares:

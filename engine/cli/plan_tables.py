@@ -61,7 +61,7 @@ def headline(found: Plan) -> str:
 
 
 def verdict(found: Plan) -> str:
-    """Return it in a word or two; '' where what the target has is not known."""
+    """Return whether it fits, or is refused; '' where what the target has is not known."""
     if found.refused:
         return "REFUSED"
     if found.fits is None:

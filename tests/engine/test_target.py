@@ -114,6 +114,20 @@ def test_all_impossible_fields_are_named_together() -> None:
     assert "target.capability must look like 8.9, not '9'" in text
 
 
+def test_figures_of_no_machine_and_names_that_mean_nothing_are_refused() -> None:
+    made = Target(
+        kind="cuda", usable_gib=float("inf"), launch_us=1e-320, tflops={"fp4": 1.0},
+        efficiency={"bandwith": 0.5},
+    )  # fmt: skip
+    with pytest.raises(RecipeError) as caught:
+        resolve(made)
+    text = str(caught.value)
+    assert "target.usable_gib is inf, as of no machine" in text
+    assert "target.launch_us is 9.99989e-321, as of no machine" in text
+    assert "target.tflops.fp4: rates are told of float32" in text
+    assert "did you mean target.efficiency.bandwidth" in text
+
+
 def test_this_machine_is_described() -> None:
     found = detect()
     assert found.kind in ("cuda", "cpu", "mps")
