@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.contexts import Figures, Generation, KeyValues, Output, Step
-from engine.decoding.detokenize import Detokenizer, StopStrings
+from engine.decoding.stop_strings import StoppingText
 from engine.errors import Problem, RuntimeFailure
 from engine.positions.rotary import frequency_set
 
@@ -29,8 +29,8 @@ class Answer:
         self._session = session
         self._prompt_tokens = len(prompt)
         self._clock = clock
-        self._detokenizer = Detokenizer(session.tokenizer, prompt)
-        self._stops = StopStrings(getattr(session.recipe.decode, "stop", ()))
+        stops = getattr(session.recipe.decode, "stop", ())
+        self._text = StoppingText(session.tokenizer, prompt, stops)
         self._last: Step | None = None
         self.tokens: list[int] = []
         self.text = ""
@@ -38,19 +38,17 @@ class Answer:
     @property
     def ended(self) -> bool:
         """Tell whether its end token or a stop string came."""
-        return self._stops.found or not self._session.end_ids.isdisjoint(self.tokens[-1:])
+        return self._text.stopped or not self._session.end_ids.isdisjoint(self.tokens[-1:])
 
     def push(self, token: int, step: Step) -> str:
         """Take the token that `step` holds for this sequence, and return what can be shown."""
         self._last = step
         self.tokens.append(token)
-        return self._show(self._stops.push(self._detokenizer.push(token)))
+        return self._show(self._text.push(token))
 
     def finish(self) -> str:
         """Return what was held back."""
-        if self._stops.found:
-            return ""
-        return self._show(self._stops.push(self._detokenizer.finish()) + self._stops.finish())
+        return self._show(self._text.finish())
 
     def output(self, limit: int, room: int) -> Output:
         """Return the whole answer."""
