@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.contexts import Figures, Generation, KeyValues, Output, Step
 from engine.decoding.stop_strings import StoppingText
+from engine.encoding import Encoded
 from engine.errors import Problem, RuntimeFailure
 from engine.positions.rotary import frequency_set
 
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 class Answer:
     """One sequence's answer while it grows: its tokens, its text, its figures."""
 
-    def __init__(self, session: Session, prompt: Sequence[int], clock: Clock) -> None:
+    def __init__(
+        self, session: Session, prompt: Sequence[int], clock: Clock, notes: Sequence[str] = ()
+    ) -> None:
         self._session = session
+        self._notes = notes
         self._prompt_tokens = len(prompt)
         self._clock = clock
         stops = getattr(session.recipe.decode, "stop", ())
@@ -60,6 +64,7 @@ class Answer:
             token_ids=self.tokens,
             finish_reason=reason,
             figures=self._clock.figures(self._prompt_tokens, len(self.tokens), self._last),
+            notes=self._notes,
         )
 
     def _show(self, piece: str) -> str:
@@ -79,6 +84,7 @@ class TextStream:
         cache: Cache | None,
         *,
         room: int,
+        notes: Sequence[str] = (),
         finished: Callable[[list[int], str, int], None] | None = None,
     ) -> None:
         """Prepare to answer.
@@ -86,6 +92,7 @@ class TextStream:
         Args:
             prompt: all tokens of the sequence, those that `cache` holds included.
             room: new tokens that still fit into context and cache.
+            notes: what the user should know of the prompt.
             finished: called with new tokens, text, and how many tokens went through the model for
                 them, less what was tried and discarded; also when the answer was broken off.
         """
@@ -93,6 +100,7 @@ class TextStream:
         self._prompt = prompt
         self._cache = cache
         self._room = room
+        self._notes = notes
         self._finished = finished
         self._pieces = self._run()
 
@@ -110,7 +118,7 @@ class TextStream:
         session = self._session
         wanted = session.recipe.decode.max_new_tokens
         clock = Clock(session)
-        answer = Answer(session, self._prompt, clock)
+        answer = Answer(session, self._prompt, clock, self._notes)
         session.observe("started", prompt_tokens=len(self._prompt))
         try:
             with reporting(session):
@@ -137,29 +145,30 @@ class TextStream:
 
 
 def answer_batch(
-    session: Session, prompts: list[list[int]], cache: Cache | None = None
+    session: Session, texts: Sequence[Encoded], cache: Cache | None = None
 ) -> list[Output]:
     """Answer prompts of different lengths together, padded on the left.
 
     Args:
         cache: holds the first columns of all rows, padding included; a new one where it is None.
     """
-    if not prompts:
+    if not texts:
         return []
+    prompts = [text.ids for text in texts]
     for prompt in prompts:
         check_prompt(session, prompt)
     wanted = session.recipe.decode.max_new_tokens
     longest = max(prompts, key=len)
     if len({frequency_set(session.config, len(prompt) + wanted) for prompt in prompts}) > 1:
         # The longest text would set the rotary frequencies of all.
-        return [answer_batch(session, [prompt])[0] for prompt in prompts]
+        return [answer_batch(session, [text])[0] for text in texts]
     if cache is None:
         values, room = begin(session, longest, batch=len(prompts))
         cache = values.cache
     else:
         room = room_for(session, cache, len(longest))
     clock = Clock(session)
-    answers = [Answer(session, prompt, clock) for prompt in prompts]
+    answers = [Answer(session, text.ids, clock, text.notes) for text in texts]
     session.observe("started", prompt_tokens=sum(map(len, prompts)))
     with reporting(session):
         with closing(steps(session, prompts, cache, min(wanted, room), clock)) as found:

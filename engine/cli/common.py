@@ -125,9 +125,14 @@ def build(recipe: Recipe) -> Session:
 
     with progress() as tell:
         session = build_session(recipe, progress=tell)
-    for note in session.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(session.notes)
     return session
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print on stderr what the user should know although nothing is wrong."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 @contextmanager
@@ -171,6 +176,7 @@ def as_json(output: Output, receipts: Sequence[Receipt], **more: Any) -> dict[st
         "finish_reason": output.finish_reason,
         "figures": output.figures,
         "receipts": [receipt.as_dict() for receipt in receipts],
+        "notes": list(output.notes),
         **more,
     }
 
