@@ -58,7 +58,7 @@ class Conversation:
                 "not converse",
                 hint="engine run instead, or put a chat_template.jinja beside its tokenizer",
             )
-        try_out(session.tokenizer, system=system is not None, turns=2)
+        try_out(session.tokenizer, system=system, turns=2)
         self._session = session
         self._share = share
         self._values: KeyValues | None = None

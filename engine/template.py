@@ -58,14 +58,16 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> s
     raise _failed(tokenizer, messages, plain.failure) from plain.failure
 
 
-def try_out(tokenizer: PreTrainedTokenizerBase, *, system: bool = False, turns: int = 1) -> None:
+def try_out(
+    tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, turns: int = 1
+) -> None:
     """Render a short conversation, so that a broken template is told at once.
 
     Raises:
         CheckpointError: as `render`.
     """
     talk = [("user", "Hello"), ("assistant", "Hello, you"), ("user", "Goodbye")][: 2 * turns - 1]
-    first = [("system", "Be brief.")] if system else []
+    first = [] if system is None else [("system", system)]
     render(tokenizer, [{"role": role, "content": words} for role, words in [*first, *talk]])
 
 

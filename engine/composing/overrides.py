@@ -37,6 +37,7 @@ FLAGS = {
 """Words that people take for keys of a recipe, and what to type instead."""
 
 _KEY = re.compile(r"[+~]*(?P<key>\w+(\.\w+)*)=(?P<value>.*)", re.DOTALL)
+_ITEM = re.compile(r"""(?:[^,'"]|'(?:\\.|[^'])*'|"(?:\\.|[^"])*")+""")
 _PROMPT = "a prompt is given with -p TEXT or -p @FILE"
 _parsing = Lock()  # antlr shares its tables between parsers
 
@@ -101,6 +102,23 @@ def key_of(line: str) -> list[Keys]:
     """Return the key that an override was meant for, whether or not the rest can be read."""
     found = _KEY.match(line)
     return [tuple(found["key"].split("."))] if found else []
+
+
+def written(override: Override) -> dict[Keys, str]:
+    """Return what of a value Hydra takes for something else than text, as it was typed.
+
+    Returns:
+        where in the value, `()` or an index → `1e3`, `true`, …
+    """
+    value, typed = override.value(), (override.input_line or "").partition("=")[2].strip()
+    if not isinstance(value, list):
+        return {} if value is None or isinstance(value, str | dict) else {(): typed}
+    items = [item.strip() for item in _ITEM.findall(typed[1:-1])]
+    return {
+        (str(index),): item
+        for index, (item, each) in enumerate(zip(items, value, strict=False))
+        if isinstance(each, bool | int | float) and len(items) == len(value)
+    }
 
 
 def words(value: Any) -> Iterator[str]:

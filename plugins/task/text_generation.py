@@ -109,7 +109,7 @@ class TextTask:
                 f"{session.recipe.model.path} has no chat template", hint="task.chat_template=false"
             )
         if chat_template:
-            try_out(session.tokenizer, system=prefix is not None)
+            try_out(session.tokenizer, system=prefix)
         self._session = session
         self._chat_template = chat_template
         self._prefix = prefix
