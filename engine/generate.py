@@ -20,7 +20,12 @@ from engine.positions.rotary import frequency_set
 if TYPE_CHECKING:
     from transformers import Cache
 
+    from engine.recipe import Recipe
     from engine.session import Session
+
+
+STRETCHING = ("yarn", "linear", "learned")
+"""Choices of `position_encoding` by whose option `factor` the context grows, to be tried."""
 
 
 class Answer:
@@ -228,21 +233,33 @@ def check_prompt(session: Session, prompt: Sequence[int]) -> None:
             Problem(
                 message=f"the prompt has {len(prompt)} tokens; the model has positions for "
                 f"{limit}, prompt and answer together",
-                hint="shorten the prompt, or stretch the positions: "
-                + _farther(session, len(prompt)),
+                hint="shorten the prompt" + _or_farther(session, len(prompt)),
                 code="context-length-exceeded",
             )
         )  # fmt: skip
 
 
-def _farther(session: Session, tokens: int) -> str:
-    """Return what to type for room for a prompt and its answer."""
-    limit, plugin = session.context_tokens or tokens, session.recipe.position_encoding
-    times = ceil((tokens + session.recipe.decode.max_new_tokens) / limit)
-    for option in ("factor", "group_size"):
-        if isinstance(now := getattr(plugin, option, None), int | float):
-            return f"position_encoding.{option}={ceil(now * times)}"
-    return f"position_encoding=yarn position_encoding.factor={times}"
+def _or_farther(session: Session, tokens: int) -> str:
+    """Return what to type for room for a prompt and its answer; '' where nothing gives that."""
+    from engine.hints import first_that_works
+    from engine.verdict import judge
+
+    slot, plugin = "position_encoding", session.recipe.position_encoding
+    needed = tokens + session.recipe.decode.max_new_tokens
+    times = ceil(needed / (session.context_tokens or needed))
+    now = {name: getattr(plugin, name, None) for name in ("factor", "group_size")}
+    candidates = [
+        *([f"{slot}.{k}={ceil(v * times)}"] for k, v in now.items() if isinstance(v, int | float)),
+        *([f"{slot}={name}", f"{slot}.factor={times}"] for name in STRETCHING),
+    ]
+
+    def reaches(changed: Recipe) -> bool:
+        found = judge(changed)
+        limit = None if found.shape is None else found.shape.max_positions
+        return found.ok and (limit is None or limit >= needed)
+
+    found = first_that_works(session.recipe, candidates, reaches)
+    return found and f", or stretch the positions: {found}"
 
 
 def room_for(session: Session, cache: Cache | None, length: int) -> int:

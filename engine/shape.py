@@ -23,6 +23,9 @@ from engine.families import family
 MOST_LAYERS = 10_000
 """More than any model has; a count beyond is a mistake, and a list as long takes minutes."""
 
+MOST_POSITIONS = 10**9
+"""More than any model has."""
+
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
 HEADS = ("num_attention_heads", "n_head", "n_heads")
@@ -87,6 +90,8 @@ class ModelShape:
     vocab_size: int
     max_positions: int | None
     """Tokens that the model was made for; None where its code sets no limit."""
+    stated_positions: int | None = None
+    """What config.json states of them, before rotary positions are stretched."""
     position: str
     """'rope', 'learned', 'alibi', 'sinusoidal' or 'none'."""
     rope_type: str = ""
@@ -188,6 +193,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         head_dim=head_dim,
         vocab_size=vocabulary,
         max_positions=reader.max_positions(position),
+        stated_positions=reader.stated_positions,
         position=position,
         rope_type=reader.rope_type() if position == "rope" else "",
         rope_parameters=MappingProxyType(dict(reader.rope_parameters)),
@@ -446,12 +452,17 @@ class _Reader:
         if value is not None and not (_is_number(value) and 0 < value < math.inf):
             self.complain(f"{name} must be a number above 0, not {value!r}")
 
+    @cached_property
+    def stated_positions(self) -> int | None:
+        """Return the longest text that the config states."""
+        return self.optional(*POSITIONS)
+
     def max_positions(self, position: str) -> int | None:
         """Return the longest text that the model was made for, stretched as the config says."""
         if position == "alibi":
             # It has no end, but MPT makes its biases once, for max_seq_len tokens.
             return self.optional("max_seq_len")
-        stated = self.optional(*POSITIONS)
+        stated = self.stated_positions
         if position != "rope" or stated is None:
             return stated
         return max(stated, *self._stretched(stated), *map(self._further, LONGEST))
@@ -478,7 +489,8 @@ class _Reader:
 
     def _further(self, name: str) -> int:
         value = self.get(name)
-        return value if isinstance(value, int) and not isinstance(value, bool) else 0
+        # Tokenizers that state no limit state one of 10 to the power of 30.
+        return value if type(value) is int and value < MOST_POSITIONS else 0
 
     def quantization(self) -> str | None:
         """Return what packed the weights; the first configs of bitsandbytes do not say its name."""

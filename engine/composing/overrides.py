@@ -231,8 +231,13 @@ def _refuse_choice(override: Override, key: str, value: Any) -> Refusal | None:
 
 
 def _worded(override: Override) -> Override:
-    """Return an override with its choice as a word; `null` leaves an optional slot out."""
+    """Return an override with its choice as a word, and with words for keys.
+
+    `null` leaves an optional slot out.
+    """
     value = override.value()
+    if isinstance(value, dict | list):
+        override._value = _with_words(value)
     if override.key_or_group not in GROUPS or isinstance(value, dict | str):
         return override
     if value is None and override.key_or_group in OPTIONAL_SLOTS:
@@ -240,6 +245,13 @@ def _worded(override: Override) -> Override:
     elif not override.is_delete():
         override._value = str(as_typed(value))
     return override
+
+
+def _with_words(value: Any) -> Any:
+    """Return a value whose mappings have text as keys: options are such, as {0: 20GiB} is."""
+    if isinstance(value, dict):
+        return {str(as_typed(key)): _with_words(item) for key, item in value.items()}
+    return [_with_words(item) for item in value] if isinstance(value, list) else value
 
 
 def _keys(value: Any) -> Collection[str]:

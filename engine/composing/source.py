@@ -272,6 +272,7 @@ class _Reader:
         if not isinstance(key, yaml.ScalarNode) or kind not in ("str", "int"):
             what = show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
             return self._refuse(key, f"{what} is read as {kind}, not as a key", "quote the word")
+        key.tag = "tag:yaml.org,2002:str"  # options are mappings of text, such as {0: 20GiB}
         refusal = refuse_text(key.value) or refuse_key(key.value, top=path == ())
         if refusal:
             return self._refuse(key, *refusal)
