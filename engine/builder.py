@@ -26,7 +26,7 @@ from engine.loading.common import give_back, quiet
 from engine.probe import failing_together
 from engine.recipe import Recipe
 from engine.session import Session
-from engine.target import Target
+from engine.target import HERE, Target
 from engine.verdict import check
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
         source = _read_config(recipe, folder)
     device = _device()
     if verdict.target.kind != device.type:  # what the target can, this machine may not
-        check(recipe, target=Target(name="this machine")).raise_for_problems()
+        check(recipe, target=Target(name=HERE)).raise_for_problems()
     session = Session(
         recipe=recipe,
         hooks=verdict.hooks,
@@ -133,7 +133,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     session.config = session.model.config
     session.device = built["load"].device or session.device
     session.model.register_forward_pre_hook(_counter(session), with_kwargs=True)
-    hooks.prepare(PrepareContext(recipe=recipe, model=session.model))
+    hooks.prepare(PrepareContext(recipe=recipe, model=session.model, notes=session.notes))
     built["decode"] = hooks.decode(
         DecodeContext(
             model=session.model,

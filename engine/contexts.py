@@ -303,6 +303,8 @@ class PrepareContext:
 
     recipe: Recipe
     model: PreTrainedModel
+    notes: list[str] = field(default_factory=list)
+    """What the user should know although nothing is wrong: to be added to."""
 
 
 @dataclass(frozen=True, kw_only=True)

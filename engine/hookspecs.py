@@ -207,7 +207,9 @@ def quantize(context: QuantizeContext) -> Quantization | None:
 
     Gets config, dtype and device. Gives a quantization config of transformers (its own, or one
     registered with `transformers.quantizers.register_quantization_config`), and a function that
-    receives the loaded model.
+    receives the loaded model. Operators on packed weights crash or compute wrong numbers for some
+    shapes on some CPUs: `refuse_known` and `refuse_loaded` of `engine.quantizing.refusing`, called
+    in `check` and in `prepare`, try the model's layers on this CPU, once.
 
         @hookimpl
         def quantize(self, context):
@@ -254,7 +256,7 @@ def prepare(context: PrepareContext) -> PreTrainedModel | None:
     """Make the loaded model ready: compile it, set flags of kernels.
 
     Collecting. Runs once after `load`. Change the model in place and give it back; `None` says
-    that there was nothing to do.
+    that there was nothing to do. What the user should know goes into `context.notes`.
 
         @hookimpl
         def prepare(self, context):

@@ -22,6 +22,8 @@ from typing import Any
 from engine.errors import Problem, RecipeError, choices_hint
 
 KINDS = ("auto", "cuda", "cpu", "mps")
+HERE = "this machine"
+"""Name of a target that stands for the machine at hand whatever that is called."""
 FORMATS = ("float32", "float16", "bfloat16", "int8")
 """Number formats whose rates a target tells."""
 LEAST, MOST = 1e-6, 1e9
@@ -110,6 +112,12 @@ def detect() -> Target:
     found.source = "detected on this machine"
     found.checked = date.today().isoformat()
     return found
+
+
+def is_here(target: Target) -> bool:
+    """Tell whether a target is the machine at hand."""
+    here = detect()
+    return target.kind == here.kind and target.name in (here.name, "auto", HERE)
 
 
 def _between(value: float) -> str:

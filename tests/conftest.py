@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from engine import builder, recipe
+from engine.quantizing import remembered, trial
 from engine.session import Session
 from tests.models import tiny_model
+from tests.trials import filling
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Build = Callable[..., Session]
@@ -31,10 +33,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep scores and measurements of this machine away from the user's own."""
+    """Keep scores and measurements of this machine away from the user's own.
+
+    Trials of packed layers are shared by all processes that run tests.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        remembered.file().parent.mkdir()
+        remembered.file().symlink_to(shared / "trials.jsonl")
+        patch.setattr(trial, "_attempt", filling(trial._attempt, shared))
         yield
 
 

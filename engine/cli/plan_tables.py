@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from rich.console import Console
 from rich.table import Table
 
-from engine.planning.calibration import is_here
 from engine.planning.planner import Plan
 from engine.planning.scoring import summary
 from engine.planning.suggesting import Suggestion
+from engine.target import is_here
 
 GIB = 2**30
 SMALL = 2 * GIB

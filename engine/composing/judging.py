@@ -9,6 +9,7 @@ from typing import Any
 from engine.composing.mistakes import Mistakes
 from engine.errors import Problem, RecipeError
 from engine.hookspecs import SLOTS
+from engine.quantizing import trial
 
 
 def judge(values: dict[str, Any], choices: dict[str, str], mistakes: Mistakes) -> None:
@@ -20,7 +21,8 @@ def judge(values: dict[str, Any], choices: dict[str, str], mistakes: Mistakes) -
         mistakes: what is wrong so far, and where to note the rest.
     """
     try:
-        found = list(_found(values, choices, mistakes))
+        with trial.paused():  # a recipe with mistakes is not one to be run
+            found = list(_found(values, choices, mistakes))
     except Exception:
         # Whatever it stumbles over may be the mistakes' fault, and those are told anyway.
         return

@@ -28,7 +28,7 @@ from engine.planning.passes import Pricer
 from engine.planning.speed import Rates
 from engine.planning.speed import rates as by_the_book
 from engine.recipe import Recipe
-from engine.target import Target, detect
+from engine.target import detect, is_here
 
 SLOTS = ("quantize", "attention", "position_encoding", "cache", "decode")
 
@@ -177,12 +177,6 @@ def machine() -> dict[str, Any]:
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
         "versions": versions,
     }
-
-
-def is_here(target: Target) -> bool:
-    """Tell whether a target is the machine at hand."""
-    here = detect()
-    return target.kind == here.kind and target.name in (here.name, "auto")
 
 
 def find(recipe: Recipe, dtype: str) -> tuple[Calibration | None, bool]:

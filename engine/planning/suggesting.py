@@ -12,6 +12,7 @@ from engine.composing import changing
 from engine.errors import EngineError
 from engine.planning.devices import known_targets
 from engine.planning.planner import MARGIN, Plan, plan
+from engine.quantizing import trial
 from engine.recipe import Recipe
 from engine.registry import installed
 
@@ -163,7 +164,12 @@ def _smaller(found: Plan, slot: str, plugin: Any) -> bool:
 def _tried(found: Plan, changes: Mapping[str, tuple[str, Any]]) -> Suggestion | None:
     """Return a change if the recipe is sound with it, and fits."""
     words = {slot: name for slot, (name, _) in changes.items()}
-    made = _planned(_changed(found, changes))
+    changed = _changed(found, changes)
+    with trial.paused():  # trials take seconds, and most changes do not fit
+        made = _planned(changed)
+    if made is None or made.verdict.problems:
+        return None
+    made = _planned(changed)
     if made is None or made.verdict.problems:
         return None
     lost = max(0.0, 1 - _kept(made, found))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import ceil
@@ -13,6 +13,7 @@ from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     EstimateContext,
+    PrepareContext,
     Quantization,
     QuantizeContext,
     Receipt,
@@ -20,13 +21,13 @@ from engine.contexts import (
 )
 from engine.errors import Problem
 from engine.families import family
-from engine.quantizing import misread, packing, pricing, proving
+from engine.quantizing import libraries, packing, pricing, proving, refusing, trial
 from engine.rules import Rule
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
+    from engine.quantizing.trial import Case
     from engine.session import Session
     from engine.shape import ModelShape
 
@@ -114,6 +115,10 @@ class BitsAndBytes:
         yield from refused
         if context.shape is not None and not refused:
             yield from self._misfits(context.shape, context.traits)
+        if self.bits in (4, 8) and not refused:
+            yield from refusing.refuse_known(
+                context, self._cases, self._who, kinds=LAYERS, skip=self.skip_modules
+            )
         if self.bits not in (4, 8):
             message = f"quantize.bits={self.bits}: bitsandbytes has 4 and 8"
             yield Problem(slot="quantize", code="value", message=message, hint="quantize.bits=4")
@@ -133,12 +138,31 @@ class BitsAndBytes:
                     hint=f"quantize.bits={other}",
                 )
 
+    @property
+    def _who(self) -> str:
+        return f"quantize=bitsandbytes in {self.bits} bits"
+
+    def _cases(self, sizes: Mapping[str, tuple[int, int]], dtype: str) -> Mapping[str, Case]:
+        """Return what is to be tried of layers on a CPU."""
+        make: Any = libraries.bitsandbytes_8_bits
+        options: dict[str, Any] = {"threshold": self.outlier_threshold}
+        if self.bits == 4:
+            make = libraries.bitsandbytes_4_bits
+            options = {
+                "quant_type": self.quant_type.value,
+                "double_quant": self.double_quant,
+                "compute_dtype": self._computes_in(dtype),
+            }
+        return trial.cases(sizes, dtype, make, "bitsandbytes", **options)
+
+    def _computes_in(self, dtype: str) -> str:
+        """Return the number format of products in 4 bits, for a model in `dtype`."""
+        if self.compute_dtype is ComputeDtype.auto:
+            return dtype.replace("float32", "bfloat16")
+        return str(self.compute_dtype.value)
+
     def _misfits(self, shape: ModelShape, traits: frozenset[str]) -> Iterator[Problem]:
-        """Refuse layers that its kernels for CPUs do not multiply, or not rightly."""
-        if self.bits == 4 and "target.cpu" in traits:
-            packed = pricing.to_pack(shape, kinds=LAYERS, skip=self.skip_modules)
-            layers = {name: (weight.rows, weight.columns) for name, weight in packed.items()}
-            yield from misread.problems(layers, self.skip_modules)
+        """Refuse layers that its plain operators do not multiply."""
         latent = "def expand_kv(" in family(shape.model_type).model_code
         if self.bits == 8 and "target.cuda" not in traits and latent:
             left = any(packing.matches("self_attn.kv_b_proj", [each]) for each in self.skip_modules)
@@ -222,31 +246,20 @@ class BitsAndBytes:
                 llm_int8_skip_modules=skip,
             )
             return Quantization(config=config)
-        name = self.compute_dtype.value
-        if self.compute_dtype is ComputeDtype.auto:
-            name = str(context.dtype).removeprefix("torch.").replace("float32", "bfloat16")
+        computes_in = self._computes_in(str(context.dtype).removeprefix("torch."))
         config = make(
             load_in_4bit=True,
             bnb_4bit_quant_type=self.quant_type.value,
             bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, name),
+            bnb_4bit_compute_dtype=getattr(torch, computes_in),
             llm_int8_skip_modules=skip,
         )
-        return Quantization(config=config, finish=self._finish)
+        return Quantization(config=config, finish=libraries.keep_packing)
 
-    def _finish(self, model: PreTrainedModel) -> None:
-        """Refuse what is misread, where `check` did not know; keep packed weights as they are.
-
-        On CPUs with AVX512-BF16 bitsandbytes would repack them in place at the first forward pass;
-        state_dict, save_pretrained and dequantize then silently give garbage (bitsandbytes 0.50.2,
-        its issue 2078; seen 2026-11-22).
-        """
-        from bitsandbytes.nn.modules import Linear4bit
-
-        misread.refuse_misread(model, self.skip_modules)
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                module.support_avx512bf16_for_cpu = False
+    @hookimpl
+    def prepare(self, context: PrepareContext) -> None:
+        """Refuse layers that this CPU does not multiply rightly, where `check` did not know."""
+        refusing.refuse_loaded(context, self._cases, self._who, skip=self.skip_modules)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:

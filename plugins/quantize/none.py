@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
-from engine.contexts import EstimateContext, Quantization, QuantizeContext, Receipt, Term
-from engine.quantizing import misread, pricing
+from engine.contexts import (
+    CheckContext,
+    EstimateContext,
+    PrepareContext,
+    Quantization,
+    QuantizeContext,
+    Receipt,
+    Term,
+)
+from engine.errors import Problem
+from engine.quantizing import libraries, pricing, refusing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from engine.session import Session
+
+LAYERS = ("Linear", "Conv1D")
+WHO = "the checkpoint, which came packed,"
 
 
 @dataclass
@@ -23,6 +34,17 @@ class Unquantized:
     provides: ClassVar[tuple[str, ...]] = ("quantize.unchanged",)
 
     @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Refuse a packed checkpoint with layers that this CPU does not multiply rightly."""
+        if context.shape is not None and context.shape.quantization:
+            packing = context.shape.config.get("quantization_config") or {}
+            skip = libraries.left_alone(packing)
+            for cases, hint in _trials(packing, context.traits):
+                yield from refusing.refuse_known(
+                    context, cases, WHO, kinds=LAYERS, skip=skip, hint=hint
+                )
+
+    @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
         """Price the weights, where they are known."""
         yield from pricing.plain(context)
@@ -30,7 +52,15 @@ class Unquantized:
     @hookimpl
     def quantize(self, context: QuantizeContext) -> Quantization:
         """Change nothing; a checkpoint that comes quantized stays as it is."""
-        return Quantization(finish=_keep_packing)
+        return Quantization(finish=libraries.keep_packing)
+
+    @hookimpl
+    def prepare(self, context: PrepareContext) -> None:
+        """Refuse packed layers that this CPU does not multiply rightly."""
+        packing = context.model.config.to_dict().get("quantization_config")
+        traits = getattr(context.recipe.decode, "provides", ())
+        for cases, hint in _trials(packing, traits) if packing else ():
+            refusing.refuse_loaded(context, cases, WHO, skip=None, hint=hint)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
@@ -53,15 +83,10 @@ class Unquantized:
         )
 
 
-def _keep_packing(model: PreTrainedModel) -> None:
-    """Forbid bitsandbytes to repack the weights of a 4-bit checkpoint when they are first used.
-
-    And refuse one that it would misread: how wide its layers are is not known before. On CPUs with
-    AVX512-BF16 it repacks, in place; state_dict and save_pretrained then silently give garbage
-    (bitsandbytes 0.50.2, its issue 2078; seen 2026-11-22).
-    """
-    packed: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    if packed:
-        misread.refuse_misread(model, None)
-    for module in packed:
-        module.support_avx512bf16_for_cpu = False
+def _trials(
+    packing: Mapping[str, Any], traits: Collection[str]
+) -> Iterator[tuple[refusing.Cases, str]]:
+    """Yield what is to be tried of a packed checkpoint, and what to type where that fails."""
+    yield partial(libraries.stated, packing), ""
+    if "decode.compiled" in traits:
+        yield partial(libraries.stated_compiled, packing), "decode=generate"

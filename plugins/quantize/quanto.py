@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from math import ceil
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     EstimateContext,
+    PrepareContext,
     Quantization,
     QuantizeContext,
     Receipt,
     Term,
 )
 from engine.errors import Problem
-from engine.quantizing import packing, pricing, proving
+from engine.quantizing import libraries, packing, pricing, proving, refusing, trial
 from engine.rules import Rule
 from engine.tensors import plain_parts
 
 if TYPE_CHECKING:
     import torch
 
+    from engine.quantizing.trial import Case
     from engine.session import Session
 
 OPERATORS = 5
@@ -33,6 +34,8 @@ OPERATORS = 5
 
 # Falcon's own linear layer computes the plain product, so its replacement does the same.
 LAYERS = ("Linear", "FalconLinear")
+
+WHO, INSTEAD = "quantize=quanto in 4 bits", "quantize.bits=8"
 
 INT4_COMPILED = Rule(
     code="quanto-int4-compiled",
@@ -72,18 +75,33 @@ class Quanto:
         if self.bits not in (4, 8):
             message = f"quantize.bits={self.bits}: quantize=quanto has 4 and 8"
             yield Problem(slot="quantize", code="value", message=message, hint="quantize.bits=8")
-        yield from packing.refusals(
-            context,
-            choice="quanto",
-            library="optimum.quanto" if find_spec("optimum") else "optimum",
-            extra="quanto",
-            kinds=LAYERS,
-            skip=self.skip_modules,
+        refused = list(
+            packing.refusals(
+                context,
+                choice="quanto",
+                library="optimum.quanto" if find_spec("optimum") else "optimum",
+                extra="quanto",
+                kinds=LAYERS,
+                skip=self.skip_modules,
+            )
         )
+        yield from refused
+        if self.bits == 4 and not refused:
+            yield from refusing.refuse_known(
+                context, self._cases, WHO, kinds=LAYERS, skip=self.skip_modules, instead=INSTEAD
+            )
         compiled = "decode.compiled" in context.traits
         if self.bits == 4 and compiled and context.dtype == "bfloat16":
             what = "quantize=quanto in 4 bits and bfloat16 does not work with decode.compiled"
             yield INT4_COMPILED.problem("quantize", what)
+
+    def _cases(self, sizes: Mapping[str, tuple[int, int]], dtype: str) -> Mapping[str, Case]:
+        """Return what is to be tried of layers on a CPU."""
+        found: dict[str, Case] = {}
+        for name, size in sizes.items():
+            options = {"bits": self.bits, "block": _group(size[1]) if self.bits == 4 else None}
+            found |= trial.cases({name: size}, dtype, libraries.quanto, "optimum-quanto", **options)
+        return found
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
@@ -114,10 +132,32 @@ class Quanto:
         from transformers import QuantoConfig
 
         if self.bits == 4:
-            _unpack_in_torch()
+            libraries.unpack_in_torch()
         left = packing.left_alone(context.config, "quanto", kinds=LAYERS, skip=self.skip_modules)
         make: Any = QuantoConfig
         return Quantization(config=make(weights=f"int{self.bits}", modules_to_not_convert=left))
+
+    @hookimpl
+    def prepare(self, context: PrepareContext) -> None:
+        """Unpack what this CPU does not multiply rightly in 8 bits, for each product; refuse in 4.
+
+        In 4 bits what unpacks a weight may be the operator that multiplies by it.
+        """
+        if self.bits == 4:
+            refusing.refuse_loaded(
+                context, self._cases, WHO, skip=self.skip_modules, instead=INSTEAD
+            )
+            return
+        cases = refusing.loaded(context, self._cases)
+        wrong = refusing.failing(cases)
+        for name in wrong:
+            context.model.get_submodule(name).__class__ = libraries.unpacked_linear()
+        if wrong:
+            layers = refusing.listed({name: cases[name] for name in wrong}, cases.keys() - wrong)
+            context.notes.append(
+                f"quantize=quanto unpacks weights for each product in {layers}: on this CPU, when "
+                f"it was tried, {refusing.reasons(wrong)}"
+            )
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
@@ -134,6 +174,7 @@ class Quanto:
         for module in packed.values():
             size = module.weight_group_size or module.in_features
             groups[f"{size}"] = groups.get(f"{size}", 0) + 1
+        unpacked = [name for name, m in packed.items() if type(m) is libraries.unpacked_linear()]
         config: Any = session.built["quantize"].config
         yield proving.receipt(
             session,
@@ -146,6 +187,7 @@ class Quanto:
             bits=self.bits,
             tolerance=0.01,
             more={
+                "layers unpacked for each product": len(unpacked),
                 "codes": ", ".join(sorted(formats)),
                 "layers by inputs per scale": ", ".join(
                     f"{size}: {count}" for size, count in sorted(groups.items())
@@ -166,22 +208,3 @@ def _parts(module: Any) -> Iterator[torch.Tensor]:
     yield from plain_parts(module.weight)
     yield module.input_scale
     yield module.output_scale
-
-
-def _unpack_in_torch() -> None:
-    """Unpack 4-bit codes by two shifts, for which quanto would compile C++ when first used.
-
-    That takes a compiler and most of a minute, without a word, in the middle of the first answer.
-    For the same reason its own CUDA kernels, of float16 only, stay out; torch's are used.
-    """
-    import torch
-    from optimum.quanto.library.extensions import extension
-
-    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-        return torch.cat([packed >> shift & (2**bits - 1) for shift in range(0, 8, bits)])
-
-    for name in ("quanto_cpp", "quanto_cuda"):
-        kernels = extension._extensions.get(name)
-        if kernels is not None and kernels._lib is None:
-            kernels._lib = SimpleNamespace(unpack=unpack)
-    extension._extensions.pop("quanto_cuda", None)

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
 from engine.contexts import (
     CheckContext,
     EstimateContext,
+    PrepareContext,
     Quantization,
     QuantizeContext,
     Receipt,
@@ -19,7 +21,7 @@ from engine.contexts import (
 )
 from engine.errors import Problem
 from engine.loading.common import quiet
-from engine.quantizing import packing, pricing, proving
+from engine.quantizing import libraries, packing, pricing, proving, refusing, trial
 from engine.tensors import plain_parts
 
 if TYPE_CHECKING:
@@ -40,6 +42,14 @@ class Kind(Enum):
     """8-bit floats (e4m3), one scale per output; made plain again for each product."""
     int8_dynamic = "int8_dynamic"
     """Integers by integers: inputs are quantized too, per token, as they come."""
+
+
+CONFIGS = {
+    Kind.int8: "Int8WeightOnlyConfig",
+    Kind.float8: "Float8WeightOnlyConfig",
+    Kind.int8_dynamic: "Int8DynamicActivationInt8WeightConfig",
+}
+"""Kind → class in torchao.quantization."""
 
 
 @dataclass
@@ -67,14 +77,32 @@ class TorchAo:
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
         """Refuse a missing library, models without layers that it packs, and idle patterns."""
-        yield from packing.refusals(
-            context,
-            choice="torchao",
-            library="torchao",
-            extra="torchao",
-            kinds=LAYERS,
-            skip=self.skip_modules,
+        refused = list(
+            packing.refusals(
+                context,
+                choice="torchao",
+                library="torchao",
+                extra="torchao",
+                kinds=LAYERS,
+                skip=self.skip_modules,
+            )
         )
+        yield from refused
+        for cases, hint in () if refused else self._trials("decode.compiled" in context.traits):
+            yield from refusing.refuse_known(
+                context, cases, self._who, kinds=LAYERS, skip=self.skip_modules, hint=hint
+            )
+
+    @property
+    def _who(self) -> str:
+        return f"quantize=torchao with quantize.kind={self.kind.value}"
+
+    def _trials(self, compiled: bool) -> Iterator[tuple[refusing.Cases, str]]:
+        """Yield what is to be tried of layers on a CPU, and what to type where that fails."""
+        config = CONFIGS[self.kind]
+        yield partial(trial.cases, make=libraries.torchao, library="torchao", config=config), ""
+        if compiled:
+            yield partial(libraries.compiled, config=config), "decode=generate"
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:
@@ -106,16 +134,18 @@ class TorchAo:
         # Of kernels that nobody asked for, it tells once more when a product first runs.
         logging.getLogger("torchao").setLevel(logging.ERROR)
         library: Any = quantization
-        kinds = {
-            Kind.int8: library.Int8WeightOnlyConfig,
-            Kind.float8: library.Float8WeightOnlyConfig,
-            Kind.int8_dynamic: library.Int8DynamicActivationInt8WeightConfig,
-        }
         left = packing.left_alone(context.config, "torchao", kinds=LAYERS, skip=self.skip_modules)
         make: Any = TorchAoConfig
         # Unasked, it would set options of the compiler for the whole process, and for good.
-        kind = kinds[self.kind](set_inductor_config=False)
+        kind = getattr(library, CONFIGS[self.kind])(set_inductor_config=False)
         return Quantization(config=make(kind, modules_to_not_convert=left))
+
+    @hookimpl
+    def prepare(self, context: PrepareContext) -> None:
+        """Refuse layers that this CPU does not multiply rightly, where `check` did not know."""
+        traits = getattr(context.recipe.decode, "provides", ())
+        for cases, hint in self._trials("decode.compiled" in traits):
+            refusing.refuse_loaded(context, cases, self._who, skip=self.skip_modules, hint=hint)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:

@@ -35,7 +35,8 @@ def refusals(
 ) -> list[Problem]:
     """Return what a plugin's check finds; each problem has slot, code and something to type."""
     recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype=SimpleNamespace(value="auto")))
-    target: Any = SimpleNamespace(traits=frozenset(), capability=None)
+    kind = "cpu" if "target.cpu" in traits else "cuda"
+    target: Any = SimpleNamespace(name="auto", kind=kind, traits=frozenset(), capability=None)
     context = CheckContext(
         recipe=recipe, shape=shape, reshaped=shape, target=target, traits=frozenset(traits)
     )

@@ -15,8 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from engine.loading.common import quiet
-from engine.plugins.quantize.quanto import _unpack_in_torch
-from engine.quantizing import misread
+from engine.quantizing.libraries import unpack_in_torch
 from tests.models import tiny_model
 from tests.plugins.helpers import IDS, logits, plain, relative
 
@@ -35,7 +34,7 @@ def _torchao(name: str) -> Any:
 
 
 def _quanto(weights: str) -> Any:
-    _unpack_in_torch()
+    unpack_in_torch()
     make: Any = QuantoConfig
     return make(weights=weights)
 
@@ -79,21 +78,6 @@ def test_int8_latent_kv() -> None:
     with pytest.raises(RuntimeError, match="must match the size"):
         quantize(inputs[None, None], 6.0)
     assert quantize(inputs[None, None, :1], 6.0)[0].shape != (1, 1, 1, 16)
-
-
-def test_int4_cpu_rows() -> None:
-    """On CPUs with AVX-512; others go by another way, which is right."""
-    from bitsandbytes import functional
-
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("no AVX-512 here")
-    sizes = [(rows, columns) for rows in (2, 7, 128) for columns in range(2, 260, 2)]
-    for rows, columns in [*sizes, (64, 31), (1, 16), (1, 96), (256, 1152), (256, 1168)]:
-        # Each block is its own scale, and nothing else: a wrong one is seen at once.
-        weight = (1.0 + torch.arange(rows * columns) // 64).view(rows, columns)
-        codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-        wrong = not torch.allclose(functional.dequantize_4bit(codes, state), weight)
-        assert wrong == misread.misread(rows, columns), (rows, columns)
 
 
 def test_nothing_to_pack(model: Callable[[str], Path]) -> None:

@@ -13,8 +13,8 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from engine.errors import RecipeError
-from engine.plugins.quantize.bitsandbytes import LAYERS, BitsAndBytes, ComputeDtype, QuantType
-from engine.quantizing import packing, pricing
+from engine.plugins.quantize.bitsandbytes import BitsAndBytes, ComputeDtype, QuantType
+from engine.quantizing import packing
 from engine.session import Session
 from tests.conftest import Build
 from tests.plugins.helpers import (
@@ -181,48 +181,6 @@ def test_latents_in_8_bits_are_refused_and_how_it_goes(
     assert problem.code == "int8-latent-kv"
     session = build(*INT8, "quantize.skip_modules=[kv_b_proj]", family="deepseek_v3")
     assert receipt(session, "quantize").evidence["layers packed"] == 14
-
-
-@pytest.mark.parametrize(
-    ("family", "skip"),
-    [
-        ("deepseek_v3", ["kv_b_proj", "shared_experts.down_proj"]),
-        ("qwen3_next", ["down_proj"]),
-    ],
-)
-def test_layers_that_a_cpu_would_misread_are_refused_and_how_it_goes(
-    build: Build, model: Callable[[str], Path], family: str, skip: list[str]
-) -> None:
-    shape = shape_of(model(family))
-    (problem,) = refusals(BitsAndBytes(), shape, ["target.cpu"])
-    assert (problem.code, problem.hint) == (
-        "int4-cpu-rows",
-        f"quantize.skip_modules=[{','.join(skip)}]",
-    )
-    assert all(f"{name} (" in problem.message for name in skip)
-    assert hints(BitsAndBytes(skip_modules=skip), shape, ["target.cpu"]) == []
-    assert hints(BitsAndBytes(), shape, ["target.cuda"]) == []
-    words = ("quantize=bitsandbytes", "quantize.compute_dtype=float32", "attention=eager")
-    session = build(*words, problem.hint, family=family)
-    left = pricing.to_pack(shape, kinds=LAYERS, skip=skip)
-    assert receipt(session, "quantize").evidence["layers packed"] == len(left) > 8
-    assert relative(logits(session.model), logits(dequantized(session))) < 1e-4
-
-
-def test_layers_that_are_not_known_before_are_refused_once_loaded(
-    build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Callable[[str], Path]
-) -> None:
-    monkeypatch.setattr(pricing, "to_pack", lambda *given, **more: {})
-    with pytest.raises(RecipeError, match=r"kv_b_proj \(16 inputs\)") as caught:
-        build("quantize=bitsandbytes", family="deepseek_v3")
-    assert caught.value.problems[0].hint.startswith("quantize.skip_modules=[kv_b_proj,")
-    config: Any = BitsAndBytesConfig
-    folder = model("deepseek_v3")
-    plain(folder, quantization_config=config(load_in_4bit=True)).save_pretrained(tmp_path)
-    for file in folder.glob("tokenizer*"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(RecipeError, match="which bitsandbytes packed in 4 bits"):
-        build(f"model.path={tmp_path}")
 
 
 def test_repacking_is_still_to_be_forbidden(model: Callable[[str], Path]) -> None:
