@@ -34,7 +34,8 @@ def refusals(
     plugin: Any, shape: ModelShape | None = None, traits: Iterable[str] = ()
 ) -> list[Problem]:
     """Return what a plugin's check finds; each problem has slot, code and something to type."""
-    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype=SimpleNamespace(value="auto")))
+    model = SimpleNamespace(dtype=SimpleNamespace(value="auto"))
+    recipe: Any = SimpleNamespace(model=model, choices={})
     target: Any = SimpleNamespace(traits=frozenset(), capability=None)
     context = CheckContext(
         recipe=recipe, shape=shape, reshaped=shape, target=target, traits=frozenset(traits)
