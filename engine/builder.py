@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.attending.masks import never_skipped, with_bias
+from engine.attending.registering import register
 from engine.contexts import (
-    Attention,
     AttentionContext,
     DecodeContext,
     HeadsContext,
@@ -20,7 +18,7 @@ from engine.contexts import (
     TaskContext,
 )
 from engine.decoding.stop_strings import never_produced
-from engine.errors import CheckpointError, EngineError, Problem, RecipeError
+from engine.errors import CheckpointError, EngineError
 from engine.loading import checkpoint
 from engine.loading.common import give_back, quiet
 from engine.probe import failing_together
@@ -35,10 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-    from engine.contexts import Bias
     from engine.shape import ModelShape
-
-_numbers = itertools.count()
 
 Progress = Callable[[str], None]
 
@@ -101,7 +96,9 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
 def _build(session: Session, folder: Path, progress: Progress) -> None:
     recipe, hooks, built = session.recipe, session.hooks, session.built
     dtype = _dtype(recipe, session.source_config, session.device)
-    positions = hooks.position_encoding(PositionContext(config=session.source_config))
+    positions = hooks.position_encoding(
+        PositionContext(config=session.source_config, traits=session.traits)
+    )
     heads = hooks.heads(HeadsContext(config=positions.config))
     session.config = heads.config
     quantization = hooks.quantize(
@@ -110,8 +107,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     attention = hooks.attention(
         AttentionContext(config=session.config, bias=positions.bias, scores=positions.scores)
     )
-    if positions.bias is not None and attention.forward is None:
-        attention = _implementation(session, attention.implementation)
+    attention, name = register(session, attention, positions)
     built.update(
         position_encoding=positions, heads=heads, quantize=quantization, attention=attention
     )
@@ -126,7 +122,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
             position_encoding=positions,
             heads=heads,
             quantization=quantization,
-            attention_implementation=_register(session, attention, positions.bias),
+            attention_implementation=name,
         )
     )
     give_back()
@@ -202,71 +198,6 @@ def _dtype(recipe: Recipe, config: PretrainedConfig, device: torch.device) -> to
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
     return stored or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-
-
-def _register(session: Session, attention: Attention, bias: Bias | None) -> str | None:
-    """Register forward and mask under a name of the session's own; with the bias, if there is one.
-
-    An implementation of transformers goes by its own name.
-    """
-    import torch
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    one = session.hooks.slot("attention")
-    forward, mask = attention.forward, attention.mask
-    if forward is None or mask is None:
-        return attention.implementation
-    if "model.attention_interface" not in session.shape.traits:
-        raise RecipeError(
-            Problem(
-                message=f"{one.label} brings attention of its own, and the code of "
-                f"{session.shape.model_type} takes none from outside",
-                hint="attention=native",
-                code="attention-interface",
-                slot="attention",
-            )
-        )
-    # Without 'sdpa', 'flash', 'flex' or '/': transformers gives names with these a meaning.
-    name = f"engine:{next(_numbers)}"
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():  # code would be compiled again for each number
-            session.attention_calls += 1
-        with session.hooks.blaming(one, "attention"):
-            return forward(*args, **kwargs)
-
-    AttentionInterface.register(name, counted)
-    AttentionMaskInterface.register(
-        name, never_skipped(mask if bias is None else with_bias(mask, bias))
-    )
-
-    def forget() -> None:
-        for interface in (AttentionInterface, AttentionMaskInterface):
-            with suppress(KeyError):
-                del interface._global_mapping[name]
-
-    session.on_close.append(forget)
-    return name
-
-
-def _implementation(session: Session, name: str | None) -> Attention:
-    """Return an implementation of transformers as forward and mask, which takes a bias."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    forwards: Any = cast(Any, AttentionInterface)()
-    masks: Any = cast(Any, AttentionMaskInterface)()
-    if name not in forwards or name not in masks:
-        one = session.hooks.slot("attention")
-        raise RecipeError(
-            Problem(
-                message=f"{one.label} adds no bias to the scores, and position_encoding="
-                f"{session.recipe.choices.get('position_encoding')} needs that",
-                hint="attention=sdpa",
-                code="attention-bias",
-                slot="attention",
-            )
-        )
-    return Attention(forward=forwards[name], mask=masks[name])
 
 
 def _counter(session: Session) -> Callable[[Any, Any, dict[str, Any]], None]:

@@ -167,6 +167,8 @@ class PositionContext:
     """The model's config, to be copied, edited and given back."""
 
     config: PretrainedConfig
+    traits: frozenset[str] = frozenset()
+    """Everything that the chosen plugins and the model provide."""
 
 
 Bias = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -180,13 +182,25 @@ Scores = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor", "torch.Tensor
 both counted from the first real token) → scores `[batch, heads, queries, keys]`, neither scaled
 nor masked."""
 
+Turn = Callable[[int, "torch.Tensor", "torch.Tensor"], "tuple[torch.Tensor, torch.Tensor]"]
+"""Rotates what one layer attends with: (number of the layer, query `[batch, heads, queries,
+head_dim]`, key `[batch, kv_heads, keys, head_dim]`) → both, rotated."""
+
+Rotation = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], Turn]
+"""Rotates queries and keys just before attention, those from the cache too: (query, of any layer,
+for its device and number format; query positions `[batch, queries]`, key positions `[batch, keys]`,
+both counted from the first real token, below 0 in padding) → what rotates each layer. Asked once in
+a pass for each mask that the model's layers have."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PositionEncoding:
     """What makes the model encode positions as the recipe says.
 
     `bias` and `scores` are computed by the attention that the recipe chooses, which must be able
-    to: it says so with the traits `attention.bias` and `attention.scores`.
+    to: it says so with the traits `attention.bias` and `attention.scores`. `rotation` is applied by
+    the core to what the model's code caches unrotated, before any attention that says
+    `attention.rotation`: its mask is a tensor, or None where only the future is hidden.
     """
 
     config: PretrainedConfig
@@ -194,6 +208,7 @@ class PositionEncoding:
     """What changes tables of positions while the weights load."""
     bias: Bias | None = None
     scores: Scores | None = None
+    rotation: Rotation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

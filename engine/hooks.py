@@ -56,6 +56,7 @@ class Hooks(Calls):
             converters=Sequence,
             bias=Callable | None,
             scores=Callable | None,
+            rotation=Callable | None,
         )
 
     def heads(self, context: contexts.HeadsContext) -> contexts.Heads:

@@ -43,8 +43,9 @@ State traits, never names of choices: then plugins that do not know each other c
     heads.pooled                key/value heads are means of the checkpoint's
     position.varies             rotary frequencies depend on the length of the text
     model.key_bias              keys get a bias and no norm: they may lie far from zero
-    position.bias, .scores      attention must add a bias, or compute other scores ...
-    attention.bias, .scores     ... and can
+    position.bias, .scores, .rotation     attention must add a bias, compute other scores, or get
+                                queries and keys rotated, where a cache keeps keys ...
+    attention.bias, .scores, .rotation    ... and can
     attention.window, .flash    old tokens are hidden; no mask of queries and keys is taken
     load.random, .offloaded, .dispatched     the weights are made up; some lie on the CPU or on
                                 disk; they may be spread over devices
@@ -102,7 +103,7 @@ if TYPE_CHECKING:
     from engine.session import Session
     from engine.shape import ModelShape
 
-API_VERSION = "1.2"
+API_VERSION = "1.3"
 """Version of this contract. A plugin's `engine_api` is checked against it."""
 
 hookspec = pluggy.HookspecMarker("engine")

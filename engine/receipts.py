@@ -72,7 +72,7 @@ def _position_encoding(session: Session, probe: Probe) -> Iterator[Contradiction
     given = session.built["position_encoding"]
     names = ("rope_parameters", "max_position_embeddings", "alibi")
     yield from _ignored(given.config, session.model.config, names)
-    if not given.converters and given.bias is given.scores is None:
+    if not given.converters and given.bias is given.scores is given.rotation is None:
         if _same(given.config, session.source_config):
             yield from _idle(session, "position_encoding")
         before, after = (_limit(each) for each in (session.source_config, given.config))

@@ -9,7 +9,8 @@ A cell is a family of models and the choices that differ from the base recipe. I
 
 The reference recomputes everything for each token, in a model of transformers that has the built
 session's config and the numbers that its weights stand for. What a choice does to scores and masks
-(windows, sinks, biases, groups) is written out once more here, as naively as it can be.
+(windows, sinks, biases, groups) is written out once more here, as naively as it can be. Where keys
+are cached unrotated, and rotated by frequencies that change, it keeps keys as well.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
 )
 from transformers.masking_utils import eager_mask
 
@@ -88,7 +90,6 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
 depends on the family, see `_fitting`."""
 
 COMPANIONS = {
-    "position_encoding=dynamic": ("cache", "cache=none"),
     "position_encoding=longrope short and long": ("cache", "cache=none"),
 }
 """What a choice is tried with where a cell says nothing of that slot, since it needs it."""
@@ -312,6 +313,7 @@ class Plain:
         config = copy.deepcopy(session.model.config)
         rope = str(getattr(config.get_text_config(), "rope_parameters", ""))
         self._grows = "'dynamic'" in rope or "'longrope'" in rope
+        self._keeps = session.built["position_encoding"].rotation is not None
         positions = session.recipe.choices["position_encoding"]
         tables = ("wpe.weight", "embed_positions.weight")
         self._replaced = tables if positions in ("alibi", "sinusoidal") else ()
@@ -364,13 +366,28 @@ class Plain:
     def logits(self, prompt: list[int], new: list[int]) -> torch.Tensor:
         """Return the logits that each new token was drawn from, `[new tokens, vocabulary]`."""
         ids = [*prompt, *new[:-1]]
+        if self._keeps:
+            # What earlier tokens have become depends on how long the text was then.
+            kept = self._cache()
+            steps = [prompt, *([token] for token in new[:-1])]
+            return torch.stack([self._pass(step, kept)[-1] for step in steps])
         if not self._grows:
             return self._pass(ids)[len(prompt) - 1 :]
         # Its frequencies depend on how long the text is: each token has a text of its own.
         return torch.stack([self._pass(ids[: len(prompt) + i])[-1] for i in range(len(new))])
 
-    def _pass(self, ids: list[int]) -> torch.Tensor:
+    def _cache(self) -> DynamicCache:
+        """Return one that keeps every key; where layers keep a state, that too."""
+        windows = {"full_attention", "sliding_attention"}
+        own = {} if windows.issuperset(_Hand.kinds) else {"config": self.model.config}
+        made: Any = DynamicCache
+        return made(**own)  # type: ignore[no-any-return]
+
+    def _pass(self, ids: list[int], kept: DynamicCache | None = None) -> torch.Tensor:
         given = torch.tensor([ids])
+        if kept is not None:
+            found = self.model(input_ids=given, past_key_values=kept, use_cache=True).logits
+            return found[0].float()  # type: ignore[no-any-return]
         mask: torch.Tensor = torch.ones_like(given)
         if _Hand.windows and self.model.config._attn_implementation != "byhand":
             hidden = _hidden(len(ids), _Hand.windows)
@@ -395,7 +412,8 @@ class Plain:
         beams = self.session.recipe.decode.num_beams
         found = self.model.generate(
             given, attention_mask=torch.ones_like(given), max_new_tokens=NEW, do_sample=False,
-            num_beams=beams, use_cache=False,
+            num_beams=beams, use_cache=self._keeps,
+            **({"past_key_values": self._cache()} if self._keeps else {}),
         )[0, len(prompt) :].tolist()  # fmt: skip
         return max(0.0, self._likelihood(prompt, found) - self._likelihood(prompt, new))
 
@@ -474,23 +492,27 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
-    """softmax(q k / sqrt(d)) v, for one sequence, all of it at once."""
+    """softmax(q k / sqrt(d)) v, for one sequence, all of it at once, or the last of its queries."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    length = query.shape[2]
-    at = torch.arange(length)
+    length = key.shape[2]
+    keys = torch.arange(length)
+    at = keys[length - query.shape[2] :]
+    if _Hand.positions.rotation is not None:
+        turn = _Hand.positions.rotation(query, at[None], keys[None])
+        query, key = turn(module.layer_idx, query, key)
     if _Hand.positions.scores is None:
         scores = query @ key.transpose(2, 3)
     else:
-        scores = _Hand.positions.scores(query, key, at[None], at[None])
+        scores = _Hand.positions.scores(query, key, at[None], keys[None])
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if _Hand.positions.bias is not None:
         heads = query.shape[1]
-        scores = scores - _slopes(heads)[:, None, None] * (at[:, None] - at[None, :])
+        scores = scores - _slopes(heads)[:, None, None] * (at[:, None] - keys[None, :])
     full = _Hand.kinds[module.layer_idx] == "full_attention"
-    hidden = _hidden(length, [each for each in _Hand.windows if full or not each[2]])
+    hidden = _hidden(length, [each for each in _Hand.windows if full or not each[2]])[at]
     if attention_mask is not None:  # the model's own windows
         hidden = hidden | (attention_mask[0, 0, :, :length] < -1)
     scores = scores.masked_fill(hidden, -torch.inf)

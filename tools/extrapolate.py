@@ -1,9 +1,11 @@
 """Draw the loss against the position, within and beyond the context that a model was trained on.
 
 python tools/extrapolate.py [--texts N] [--svg FILE] [--json]
+python tools/extrapolate.py --growing [--texts N]
 
 The embedded model, trained on 512 tokens, reads held-out files of the standard library: their first
-512, 1024, 2048 and 4096 tokens, once for each way to encode positions.
+512, 1024, 2048 and 4096 tokens, once for each way to encode positions. With --growing it reads them
+token by token, by dynamic NTK, with a cache and recomputing all.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ CHOICES = {
         "attention=chunked",
     ],
 }
+BEGUN, GROWN, EVERY = 400, 1200, 8
+"""Tokens of a prompt, and of the text that it grows to; how many pass from one look to the next."""
+
 COLORS = ("#555555", "#d95f02", "#1b9e77", "#7570b3", "#e7298a")
 
 
@@ -92,6 +97,52 @@ def measure(count: int) -> dict[str, Any]:
             ],
         }
     return found
+
+
+@torch.inference_mode()
+def likelihoods(session: Any, row: torch.Tensor) -> torch.Tensor:
+    """Return log probabilities of what follows, of each text looked at that is beyond the trained.
+
+    Token by token where the session keeps a cache.
+    """
+    cache = session.new_cache(1, GROWN).cache
+    found = []
+    for tokens in range(BEGUN, GROWN):
+        look = tokens > TRAINED and tokens % EVERY == 0
+        if cache is None and not look:
+            continue
+        held = 0 if cache is None else int(cache.get_seq_length())
+        logits = session.model(
+            input_ids=row[None, held:tokens],
+            attention_mask=torch.ones(1, tokens, dtype=torch.long),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).logits[0, -1]
+        if look:
+            found.append(logits.float().log_softmax(-1))
+    return torch.stack(found)
+
+
+def growing(count: int) -> str:
+    """Return, as a line of text, how far a cache is from recomputing."""
+    found = {}
+    following = torch.tensor([n for n in range(TRAINED + 1, GROWN) if n % EVERY == 0])
+    for keeper in ("none", "dynamic"):
+        words = ["model.path=recipes://embedded", "model.dtype=float32", *CHOICES["NTK (dynamic)"]]
+        recipe = engine.compose("base", [*words[:-1], f"cache={keeper}"])
+        with engine.build(recipe) as session:
+            rows = texts(session.tokenizer, count)
+            found[keeper] = torch.stack([likelihoods(session, row) for row in rows])
+    losses = {
+        keeper: -float(likely.gather(2, rows[:, following, None]).mean())
+        for keeper, likely in found.items()
+    }
+    same = (found["none"].argmax(-1) == found["dynamic"].argmax(-1)).float().mean()
+    return (
+        f"loss beyond {TRAINED} tokens, of texts that grow from {BEGUN} to {GROWN}: "
+        f"{losses['dynamic']:.3f} with a cache, {losses['none']:.3f} recomputed; "
+        f"the same likeliest token at {float(same):.3f} of {found['none'].shape[:2].numel()} places"
+    )
 
 
 def mean(values: list[float]) -> float:
@@ -164,8 +215,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--svg", type=Path, help="file for the drawing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--growing", action="store_true", help="dynamic NTK token by token")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.growing:
+        print(growing(arguments.texts))
+        return
     found = measure(arguments.texts)
     if arguments.svg is not None:
         arguments.svg.write_text(drawing(found), "utf-8")

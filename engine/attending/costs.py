@@ -18,6 +18,12 @@ SCORE_PASSES = 8
 """How often plain operators read or write each score in float32: product, scale, mask, softmax,
 product."""
 
+ROTATIONS, ANGLES = 16, 40
+"""Operators of a layer that rotate its queries and keys; and of a pass that make the angles."""
+
+ROTATION_PASSES, ROTATED = 10, 3
+"""How often these read or write what they rotate; and tensors as large as the keys meanwhile."""
+
 FLOAT32 = 4
 
 
@@ -50,7 +56,7 @@ def formula(context: EstimateContext) -> Iterator[Term]:
     scores themselves get keys for every head.
     """
     copies = 2
-    if special(context):
+    if special(context) or rotated(context):
         copies = 1 if "position.scores" in _provided(context) else 0
     yield from written_out(context, copies=copies)
 
@@ -71,7 +77,8 @@ def written_out(context: EstimateContext, *, copies: int = 2) -> Iterator[Term]:
     own = "model.attention_interface" not in shape.traits or "model.sinks" in shape.traits
     # torch converts scores to float32 before softmax, but for float16 on CUDA, where that is fused.
     converted = size == 2 and not (context.dtype == "float16" and context.target.kind == "cuda")
-    touched = _touched(size, converted=converted, special=special(context))
+    own_formula = special(context) or rotated(context)
+    touched = _touched(size, converted=converted, special=own_formula)
     held = size * (1 + own) + FLOAT32 * (2 if converted else 1)
     yield Term(
         name="scores of attention",
@@ -118,6 +125,32 @@ def biases(context: EstimateContext) -> Iterator[Term]:
         launches=10,
         moved=numbers * (FLOAT32 + cast + (2 + context.shape.layers) * size),
     )
+
+
+def rotating(context: EstimateContext) -> Iterator[Term]:
+    """Price queries and keys that are rotated before attention, the cached ones in each pass."""
+    if not rotated(context):
+        return
+    shape, size = context.shape, context.value_bytes
+    # Latent keys are rotated when they are there for every head.
+    heads = shape.heads if "model.latent_kv" in shape.traits else shape.kv_heads
+    keys = _keys(context, None)
+    turned = [heads * each + shape.heads * context.new for each in keys]
+    part = shape.rotary_dim / shape.head_dim if shape.head_dim else 1.0
+    whole = context.batch * shape.head_dim * size
+    yield Term(
+        name="rotated keys",
+        bytes=int(ROTATED * whole * heads * max(keys, default=0)),
+        during="attention",
+        launches=ROTATIONS * len(keys) + ANGLES,
+        moved=sum(turned) * whole * (ROTATION_PASSES * part + 2),
+    )
+
+
+def rotated(context: EstimateContext) -> bool:
+    """Tell whether keys are cached unrotated."""
+    kept = "cache.none" not in getattr(context.recipe.cache, "provides", ())
+    return kept and "position.rotation" in _provided(context)
 
 
 def special(context: EstimateContext) -> bool:

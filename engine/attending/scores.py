@@ -99,15 +99,7 @@ def scoring(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if hook is None:
         return Scoring(scaling=scaling, softcap=softcap)
-    if position_ids is None:
-        raise RuntimeFailure(
-            Problem(
-                message="the model's code does not tell its attention the positions of the tokens",
-                hint="position_encoding=native",
-                code="no-positions",
-            )
-        )
-    positions = position_ids.expand(query.shape[0], -1)
+    positions = known_positions(position_ids, query.shape[0])
     return Scoring(
         scaling=scaling,
         softcap=softcap,
@@ -117,18 +109,36 @@ def scoring(
     )
 
 
+def known_positions(position_ids: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """Return the positions of the queries, `[rows, queries]`, that a model tells its attention.
+
+    Raises:
+        RuntimeFailure: when its code does not pass them on.
+    """
+    if position_ids is None:
+        raise RuntimeFailure(
+            Problem(
+                message="the model's code does not tell its attention the positions of the tokens",
+                hint="position_encoding=native",
+                code="no-positions",
+            )
+        )
+    return position_ids.expand(rows, -1)
+
+
 def key_positions(
     newest: torch.Tensor, mask: torch.Tensor | None, queries: int, keys: int
 ) -> torch.Tensor:
     """Return the position of each key, `[batch, keys]`, counted from the first real token.
 
     The last key that the newest query sees is its own. So it holds behind padding, in a cache that
-    is longer than the text, and in one that has dropped its oldest keys.
+    is longer than the text, and in one that has dropped its oldest keys. Without a mask, a single
+    query sees all keys, and several are the first of them: the rest of a fixed cache is empty then.
     """
     import torch
 
     columns = torch.arange(keys, device=newest.device)
-    own = newest.new_full(newest.shape, keys - 1)
+    own = newest.new_full(newest.shape, (keys if queries == 1 else queries) - 1)
     if mask is not None:
         row = block_of(mask, slice(queries - 1, queries), slice(None))[:, 0, 0]
         own = torch.where(seen(row), columns, -1).amax(-1).expand_as(newest)

@@ -267,6 +267,14 @@ SCATTERED: dict[str, str | Rule] = {
         source="transformers, masking_utils: kv_offset is one number for all keys",
         seen="transformers 5.23.0, 2026-11-22",
     ),
+    "position.rotation": Rule(
+        code="sinks-rotation",
+        why="keys are rotated late, by their positions, and masks take keys to be in one piece, "
+        "where the first tokens are not",
+        hint="cache=sliding",
+        source="transformers, masking_utils: kv_offset is one number for all keys",
+        seen="transformers 5.23.0, 2026-11-28",
+    ),
     "attention.window": Rule(
         code="sinks-window",
         why="its window hides by distance, and masks take keys to be in one piece, where the first "

@@ -110,7 +110,7 @@ class SharedPrefix:
         pads = [len(longest) - len(prompt) for prompt in prompts]
         shared = [self._keep(prompt) for prompt in prompts]
         columns = min(pad + kept for pad, kept in zip(pads, shared, strict=True))
-        if len({frequency_set(self._session.config, len(prompt)) for prompt in prompts}) > 1:
+        if len({self._frequencies(prompt) for prompt in prompts}) > 1:
             return None  # the frequencies of a batch are those of its longest row
         found = self._copied(longest, columns)
         if found is None or not _repeat(found, columns, pads):
@@ -118,6 +118,9 @@ class SharedPrefix:
         self.uses += len(prompts)
         self.saved += columns * len(prompts)
         return found
+
+    def _frequencies(self, ids: Sequence[int]) -> int:
+        return frequency_set(self._session.config, len(ids), of_pass=True)
 
     def _keep(self, ids: Sequence[int]) -> int:
         # Not even a complete match may stay complete: the model must be given one token at least.
@@ -128,8 +131,7 @@ class SharedPrefix:
         keep = keep if columns is None else min(keep, columns)
         if self.refused or keep < 1:
             return None
-        config = session.config
-        if frequency_set(config, len(self._ids)) != frequency_set(config, len(ids)):
+        if self._frequencies(self._ids) != self._frequencies(ids):
             return None
         needed = room_needed(session, len(ids))
         room = None if self._values is None else held_at_most(session, self._values)

@@ -42,6 +42,8 @@ WRITTEN = ("load", "quantize", "heads", "position_encoding")
 RUN = ("attention", "cache", "decode", "task", "observe")
 """Slots whose choices stay for a recipe."""
 
+NO_CACHE = {"override cache": "none"}
+
 REFUSED = {
     "weights.unsavable": Rule(
         code="convert-unsavable",
@@ -178,7 +180,8 @@ def _reduced(recipe: Recipe, stack: ExitStack, path: str) -> Recipe:
         for slot, kind in kinds.items()
     ]
     file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "converting.yaml"
-    text = yaml.safe_dump({"defaults": ["base", *plugins, "_self_"], **kept})
+    # Without a cache: some positions are rotated outside of the model where there is one.
+    text = yaml.safe_dump({"defaults": ["base", *plugins, NO_CACHE, "_self_"], **kept})
     file.write_text(text, encoding="utf-8")
     return recipes.compose(file)
 

@@ -33,6 +33,11 @@ SLOT = "position_encoding"
 
 Parameters = Mapping[str, Any]
 
+UNROTATED = "engine_unrotated"
+"""The rope type of ours, for models whose queries and keys are rotated outside of their code; its
+name holds none of those that transformers treats otherwise."""
+FORMER = "rope_type_of_the_checkpoint"
+
 SOURCE = "https://github.com/huggingface/transformers, src/transformers/modeling_rope_utils.py"
 
 
@@ -81,6 +86,8 @@ def refusals(choice: str, kind: str, shape: ModelShape) -> Iterator[Problem]:
         why = f"the code of {name} computes its rotary positions by no rope_parameters"
     elif not there:
         why = f"those layers of {name} that see the whole context have no positions"
+    elif [*there] == ["full_attention"] and "full_attention" not in shape.layer_types:
+        why = f"all layers of {name} have a window, and see no further than they were trained to"
     elif scaled:
         why = f"the checkpoint already scales its positions ({', '.join(scaled)}), "
         why += "and was trained so"
@@ -341,16 +348,23 @@ def _frequencies(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def frequency_set(config: PretrainedConfig, tokens: int) -> int:
+def frequency_set(config: PretrainedConfig, tokens: int, *, of_pass: bool = False) -> int:
     """Tell rotary frequencies apart that change with the length of a text: equal, or not.
 
     Keys are rotated when they are written. Those of a shorter text do not fit a longer one whose
-    frequencies are others (transformers' `dynamic_rope_update`).
+    frequencies are others (transformers' `dynamic_rope_update`). Keys that are cached unrotated fit
+    any; but what a pass makes of its tokens depends on its frequencies still.
+
+    Args:
+        of_pass: tell apart those that a pass computes with, whether or not keys are cached rotated.
     """
     text: Any = config.get_text_config()
     found = 0
     for each in by_label(getattr(text, "rope_parameters", None) or {}).values():
-        if each is None or (kind := kind_of(each)) not in ("dynamic", "longrope"):
+        if each is None:
+            continue
+        kind = str((of_pass and each.get(FORMER)) or kind_of(each))
+        if kind not in ("dynamic", "longrope"):
             continue
         usual = each.get("original_max_position_embeddings") or text.max_position_embeddings
         if tokens > usual:

@@ -49,7 +49,11 @@ class Chunked:
 
     query_block: int = 256
     key_block: int = 1024
-    provides: ClassVar[tuple[str, ...]] = ("attention.bias", "attention.scores")
+    provides: ClassVar[tuple[str, ...]] = (
+        "attention.bias",
+        "attention.rotation",
+        "attention.scores",
+    )
     needs: ClassVar[dict[str, str]] = {"model.attention_interface": "attention=eager"}
 
     @hookimpl

@@ -42,7 +42,11 @@ class Eager:
     position encoding that biases or makes the scores, the same formula in the engine's.
     """
 
-    provides: ClassVar[tuple[str, ...]] = ("attention.bias", "attention.scores")
+    provides: ClassVar[tuple[str, ...]] = (
+        "attention.bias",
+        "attention.rotation",
+        "attention.scores",
+    )
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:

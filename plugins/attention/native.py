@@ -26,6 +26,7 @@ class NativeAttention:
     provides: ClassVar[tuple[str, ...]] = (
         "attention.unchanged",
         "attention.bias",
+        "attention.rotation",
         "attention.scores",
     )
 

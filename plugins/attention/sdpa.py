@@ -57,7 +57,7 @@ class Sdpa:
     """
 
     kernel: Kernel = Kernel.auto
-    provides: ClassVar[tuple[str, ...]] = ("attention.bias",)
+    provides: ClassVar[tuple[str, ...]] = ("attention.bias", "attention.rotation")
 
     @property
     def needs(self) -> Mapping[str, Rule]:

@@ -35,7 +35,11 @@ class Sinks:
 
     sinks: int = 4
     window: int = 1020
-    provides: ClassVar[tuple[str, ...]] = ("attention.window", "attention.bias")
+    provides: ClassVar[tuple[str, ...]] = (
+        "attention.window",
+        "attention.bias",
+        "attention.rotation",
+    )
     needs: ClassVar[Mapping[str, Rule]] = {"model.attention_interface": windows.INTERFACE}
     excludes: ClassVar[Mapping[str, Rule]] = {
         "cache.evicting": Rule(

@@ -33,7 +33,11 @@ class Window:
     """
 
     size: int = 1024
-    provides: ClassVar[tuple[str, ...]] = ("attention.window", "attention.bias")
+    provides: ClassVar[tuple[str, ...]] = (
+        "attention.window",
+        "attention.bias",
+        "attention.rotation",
+    )
     needs: ClassVar[Mapping[str, Rule]] = {"model.attention_interface": windows.INTERFACE}
 
     @hookimpl

@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
+from engine.attending import costs
 from engine.contexts import (
     CheckContext,
+    EstimateContext,
     PositionContext,
     PositionEncoding,
     PrepareContext,
     Receipt,
     ReshapeContext,
+    Term,
 )
 from engine.errors import Problem
 from engine.positions import rotary
+from engine.positions.late_rope import number_tokens, unrotated, unsuitable
+from engine.positions.late_rotation import LateRotation, receipt
 from engine.rules import Rule
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from engine.session import Session
     from engine.shape import ModelShape
+
+YARN = "position_encoding=yarn, whose frequencies never change"
+CACHE = Rule(
+    code="dynamic-rope-cache",
+    why="each new token changes the frequencies, so cached keys must be rotated anew",
+    hint=f"cache=none, or {YARN}",
+    source="arXiv 2309.00071, section 3.3, and dynamic_frequency_update in "
+    "transformers.modeling_rope_utils",
+    seen="transformers 5.23.0, 2026-11-28",
+)
+KEPT = Rule(
+    code="dynamic-rope-kept",
+    why="beyond the trained length, earlier tokens stay as passes over a shorter text made them, "
+    "but for their rotation, so that tokens may be others than without a cache",
+    hint="cache=none, which makes all tokens anew for each",
+    source="arXiv 2309.00071, section 3.3",
+    seen="transformers 5.23.0, 2026-11-28",
+)
 
 
 @dataclass
@@ -34,26 +58,23 @@ class Dynamic:
     ("NTK-aware"): beyond the trained length L, the base of a text of n tokens is multiplied by
     `(alpha * n / L - (alpha - 1)) ** (d / (d - 2))`; up to L it is the trained one. An `alpha` of 1
     is the paper's; None takes `factor`, as transformers does, which stretches further than needed.
-    Texts may become `factor` times L long. In a batch, the longest text decides for all.
+    Texts may become `factor` times L long. In a batch, each row has the frequencies of its own
+    length.
 
-    Each new token changes the frequencies, and so the keys of all tokens before it: caches, which
-    keep keys that were rotated earlier, are refused.
+    Each new token changes the frequencies, and so the keys of all tokens before it. As the paper
+    asks, caches keep keys unrotated, and each pass rotates all of them, which is the price: of a
+    copy of each layer's keys, and some ten operators over it. What a token has become in the layers
+    above the first stays as it was made when the text was shorter; cache=none makes it anew, as
+    transformers does without a cache, and tokens beyond L may differ from it.
     """
 
     factor: float = 4.0
     alpha: float | None = None
 
-    provides: ClassVar[tuple[str, ...]] = ("position.varies",)
-    needs: ClassVar[dict[str, str | Rule]] = {
-        "cache.none": Rule(
-            code="dynamic-rope-cache",
-            why="cached keys were rotated by the frequencies of a shorter text",
-            hint="cache=none, or position_encoding=yarn, whose frequencies never change",
-            source="arXiv 2309.00071, section 3.3, and dynamic_frequency_update in "
-            "transformers.modeling_rope_utils",
-            seen="transformers 5.23.0, 2026-11-22",
-        )
-    }
+    provides: ClassVar[tuple[str, ...]] = ("position.varies", "position.rotation")
+    alarms: ClassVar[dict[str, Rule]] = dict.fromkeys(
+        ("cache.dynamic", "cache.static", "cache.quantized", "cache.evicting"), KEPT
+    )
 
     @hookimpl
     def reshape(self, context: ReshapeContext) -> ModelShape | None:
@@ -64,7 +85,8 @@ class Dynamic:
     def check(self, context: CheckContext) -> Iterator[Problem]:
         """Refuse models without rotary positions, and values that stretch nothing."""
         if context.shape is not None:
-            yield from rotary.refusals("dynamic", "dynamic", context.shape)
+            refused = list(rotary.refusals("dynamic", "dynamic", context.shape))
+            yield from refused or _unable(context, context.shape)
         yield from rotary.outside(
             self,
             rotary.stretch(self.factor, "4"),
@@ -72,26 +94,85 @@ class Dynamic:
         )
 
     @hookimpl
+    def estimate(self, context: EstimateContext) -> Iterator[Term]:
+        """Price the keys of a layer that are rotated, in each pass."""
+        yield from costs.rotating(context)
+
+    @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:
-        """Edit the rotary parameters; the context stays, since the formula reads L there."""
+        """Edit the rotary parameters; the context stays, since the formula reads L there.
+
+        Where a cache keeps keys, the model's own code rotates nothing, and the core does.
+        """
         parameters = {"rope_type": "dynamic", "factor": self._alpha}
-        return PositionEncoding(config=rotary.edited("dynamic", context.config, parameters))
+        config = rotary.edited("dynamic", context.config, parameters)
+        if "cache.none" in context.traits:
+            return PositionEncoding(config=config)
+        text = config.get_text_config()
+        (label,) = rotary.far_sighted(text.rope_parameters)
+        trained, alpha = rotary.context_of(text), self._alpha
+
+        def frequencies(usual: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+            return stretched(usual, tokens, trained, alpha)
+
+        rotation = LateRotation(context.config, config, frequencies, label)
+        return PositionEncoding(config=unrotated(config, label), rotation=rotation)
 
     @hookimpl
     def prepare(self, context: PrepareContext) -> PreTrainedModel:
-        """Let each pass compute its own frequencies."""
+        """Let each pass compute its own frequencies, of the tokens behind the padding."""
         rotary.forget_lengths(context.model)
+        number_tokens(context.model)
         return context.model
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:
         """Compare the frequencies at the end of the new context with the checkpoint's."""
-        yield rotary.receipt(
-            session,
-            "the rotary base rises with the length of the text",
-            context=session.shape.max_positions,
-        )
+        claim, end = "the rotary base rises with the length of the text", session.context_tokens
+        rotation = session.built["position_encoding"].rotation
+        if isinstance(rotation, LateRotation):
+            yield receipt(session, rotation, f"{claim}, for cached keys too")
+        else:
+            yield rotary.receipt(session, claim, context=end)
 
     @property
     def _alpha(self) -> float:
         return self.factor if self.alpha is None else self.alpha
+
+
+def stretched(
+    usual: torch.Tensor, tokens: torch.Tensor, trained: int, alpha: float
+) -> torch.Tensor:
+    """Return the frequencies of texts of `tokens` tokens, `[rows]` → `[rows, frequencies]`.
+
+    With the base b multiplied by s ** (d / (d - 2)), b ** (-2i / d) is that of `usual` times
+    s ** (-2i / (d - 2)).
+    """
+    import torch
+
+    scale = 1 + alpha * (tokens / trained - 1).clamp(min=0)
+    index = torch.arange(len(usual), device=usual.device)
+    return usual * scale[:, None] ** (-index / (len(usual) - 1))
+
+
+def _unable(context: CheckContext, shape: ModelShape) -> Iterator[Problem]:
+    """Refuse a cache where its keys cannot be rotated late."""
+    if "cache.none" in context.traits:
+        return
+    choices, slot = context.recipe.choices, "position_encoding"
+    what = f"{slot}=dynamic does not run {shape.model_type} with cache={choices.get('cache')}"
+    why = unsuitable(shape, by_type=True)
+    if "model.attention_interface" not in shape.traits:
+        why = "its code takes no attention from outside"
+    if why:
+        # Compiled steps would refuse cache=none in turn.
+        hint = YARN if "decode.compiled" in context.traits else CACHE.hint
+        yield replace(CACHE.problem(slot, f"{what}, since {why}"), hint=hint)
+    elif "attention.rotation" not in context.traits:
+        yield Problem(
+            slot=slot,
+            code="trait-missing",
+            message=f"{what} and attention={choices.get('attention')}, which takes no keys that "
+            "are rotated late (attention.rotation)",
+            hint="attention=native",
+        )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
-from engine.attending.scores import true_positions
 from engine.contexts import (
     CheckContext,
     PositionContext,
@@ -18,8 +16,14 @@ from engine.contexts import (
     ReshapeContext,
 )
 from engine.errors import Problem
-from engine.families import family
-from engine.positions.late_rope import rotary_embedding, rotate, still_turning, unrotated
+from engine.positions.late_rope import (
+    number_tokens,
+    rotary_embedding,
+    rotate,
+    still_turning,
+    unrotated,
+    unsuitable,
+)
 from engine.positions.rotary import context_of, outside
 from engine.rules import Rule
 
@@ -29,16 +33,6 @@ if TYPE_CHECKING:
 
     from engine.session import Session
     from engine.shape import ModelShape
-
-SIGNATURE = (
-    r"def apply_rotary_pos_emb\(\s*q(: torch\.Tensor)?, k(: torch\.Tensor)?, "
-    r"cos(: torch\.Tensor)?, sin(: torch\.Tensor)?, unsqueeze_dim"
-)
-CONDITIONAL = r"\n( +)if [^\n]*:\n(?:\1    [^\n]*\n){0,4}?\1    [^\n]*apply_rotary"
-NORM_AFTER = (
-    r"= apply_rotary_pos_emb\((?:(?!ALL_ATTENTION_FUNCTIONS|\n    def )[\s\S])*?"
-    r"self\.\w*norm\w*\("
-)
 
 
 @dataclass
@@ -84,7 +78,7 @@ class SelfExtend:
             ("window", self.window >= 1, "must be 1 or more", f"{(limit or 2048) // 2}"),
             ("window", left, none_left, f"{max((limit or 2) // 2, 1)}"),
         )
-        if shape is not None and "model.rope" in shape.traits and (why := _unsuitable(shape)):
+        if shape is not None and "model.rope" in shape.traits and (why := unsuitable(shape)):
             yield Problem(
                 slot="position_encoding",
                 code="position-unsupported",
@@ -112,7 +106,7 @@ class SelfExtend:
     @hookimpl
     def prepare(self, context: PrepareContext) -> PreTrainedModel:
         """Number the tokens behind the padding from 0, where the decoder does not."""
-        context.model.register_forward_pre_hook(_number, with_kwargs=True)
+        number_tokens(context.model)
         return context.model
 
     @hookimpl
@@ -193,29 +187,3 @@ class GroupedScores:
 
     def _turned(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         return self._turn(states, *self._rotary(states, positions))
-
-
-def _number(
-    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    ids: Any = args[0] if args else kwargs.get("input_ids")
-    mask: Any = kwargs.get("attention_mask")
-    if getattr(mask, "ndim", 0) != 2 or ids is None or kwargs.get("position_ids") is not None:
-        return args, kwargs
-    return args, {**kwargs, "position_ids": true_positions(mask, ids.shape[1])}
-
-
-def _unsuitable(shape: ModelShape) -> str:
-    """Return why the scores cannot be made outside of a model's code; '' where they can."""
-    code = family(shape.model_type).model_code
-    if any(isinstance(kind, Mapping) for kind in shape.rope_parameters.values()):
-        return "its types of layers rotate differently, and scores do not know their layer"
-    if shape.rope_type in ("dynamic", "longrope"):
-        return f"its frequencies ({shape.rope_type}) change with the length of the text"
-    if re.search(CONDITIONAL, code):
-        return "not all of its layers rotate, and scores do not know their layer"
-    if re.search(NORM_AFTER, code):
-        return "it normalizes queries and keys after rotating them, so they cannot be turned later"
-    if not re.search(SIGNATURE, code):
-        return "it rotates by code of its own kind"
-    return ""

@@ -34,7 +34,8 @@ def refusals(
     plugin: Any, shape: ModelShape | None = None, traits: Iterable[str] = ()
 ) -> list[Problem]:
     """Return what a plugin's check finds; each problem has slot, code and something to type."""
-    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype=SimpleNamespace(value="auto")))
+    model = SimpleNamespace(dtype=SimpleNamespace(value="auto"))
+    recipe: Any = SimpleNamespace(model=model, choices={})
     kind = "cpu" if "target.cpu" in traits else "cuda"
     target: Any = SimpleNamespace(name="auto", kind=kind, traits=frozenset(), capability=None)
     context = CheckContext(

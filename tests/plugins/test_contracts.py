@@ -23,7 +23,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cache=sliding": {"options": {"window": 8}, "exact": False},
     "load=gguf": {"options": {"file": "F32.gguf"}, "_words": contract_words},
     "heads=grouped": {"options": {"num_key_value_heads": 1}},
-    "position_encoding=dynamic": {"overrides": ("cache=none",)},
     "position_encoding=learned": {"family": "gpt2"},
     "position_encoding=longrope": {"options": {"long_factor": [1.0, 1.5, 2, 2.5, 3, 3.5, 4, 4]}},
     "position_encoding=self-extend": {"options": {"window": 64}},

@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import DynamicCache, StaticCache, masking_utils
 
+from engine.attending.scores import key_positions
 from engine.caching.evicting import EvictingLayer
 from engine.caching.layers import cache_of
 from engine.plugins.cache.fp8 import Float8Layer
@@ -91,6 +92,16 @@ def _offset_of_each_key(columns: torch.Tensor) -> None:
 def test_sinks_bias() -> None:
     with pytest.raises(RuntimeError, match="ambiguous"):
         _offset_of_each_key(torch.tensor([0, 1, 2, 17, 18, 19, 20]))
+
+
+def test_sinks_rotation() -> None:
+    columns = [0, 1, 2, 17, 18, 19, 20]
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        _offset_of_each_key(torch.tensor(columns))
+    # So a position counts back from the query's own, which is wrong for the first tokens.
+    found = key_positions(torch.tensor([20]), torch.ones(1, 1, 1, 7, dtype=torch.bool), 1, 7)
+    assert found[0, 3:].tolist() == columns[3:]
+    assert found[0, :3].tolist() != columns[:3]
 
 
 def test_sinks_window() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from engine.plugins.position_encoding.dynamic import Dynamic
+from engine.plugins.position_encoding.dynamic import CACHE, Dynamic
 from engine.plugins.position_encoding.longrope import LongRope
 from tests.models import CONTEXT, VOCABULARY
 from tests.plugins.helpers import plain
@@ -38,10 +38,29 @@ def _answers(folder: Path, **parameters: Any) -> list[list[int]]:
 
 
 def test_dynamic_rope_cache(model: Folder) -> None:
-    assert Dynamic.needs["cache.none"].code == "dynamic-rope-cache"
+    assert CACHE.code == "dynamic-rope-cache"
     cached, recomputed = _answers(model("llama"), rope_type="dynamic", factor=1.0)
     assert cached[:3] == recomputed[:3]
     assert cached != recomputed
+
+
+def test_dynamic_rope_kept(model: Folder) -> None:
+    """What a layer makes of a token depends on the length of the text, but for the first's keys."""
+    assert {rule.code for rule in Dynamic.alarms.values()} == {"dynamic-rope-kept"}
+    config = AutoConfig.from_pretrained(model("llama"))
+    config.rope_parameters = {**config.rope_parameters, "rope_type": "dynamic", "factor": 4.0}
+    ids = torch.randint(3, VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(0))
+
+    def made(tokens: int) -> list[torch.Tensor]:
+        tried = plain(model("llama"), config=config)
+        with torch.no_grad():
+            found = tried(ids[:, :tokens], use_cache=False, output_hidden_states=True)
+        return [each[:, :100] for each in found.hidden_states]
+
+    usual = made(100)
+    for tokens, same in ((CONTEXT, [True, True, True]), (200, [True, False, False])):
+        pairs = zip(made(tokens), usual, strict=True)
+        assert [torch.allclose(one, other, atol=1e-4) for one, other in pairs] == same
 
 
 def test_longrope_switch_cache(model: Folder) -> None:

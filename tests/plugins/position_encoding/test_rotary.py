@@ -215,7 +215,7 @@ def test_values_that_stretch_nothing_are_refused(model: Callable[[str], Path]) -
     ):
         assert f"position_encoding.{hint}" in hints(plugin, llama), plugin
     assert not hints(LongRope([2.0] * 8), llama)
-    assert len(refusals(Dynamic(factor=0.5), llama)) == 1
+    assert len(refusals(Dynamic(factor=0.5), llama, {"cache.none"})) == 1
     far = Llama3(original_max_position_embeddings=10**6)
     assert "changes nothing" in refusals(far, llama)[0].message
     assert not LongRope([2.0]).needs
@@ -247,6 +247,13 @@ def families_with_rotary_positions() -> list[tuple[Any, ModelShape]]:
     return found
 
 
+def test_models_without_a_layer_that_sees_far_are_refused(model: Callable[[str], Path]) -> None:
+    gemma = shape_of(model("gemma3"))
+    assert not refusals(Linear(), gemma)
+    windowed = replace(gemma, layer_types=("sliding_attention",) * 2)
+    assert "all layers of gemma3_text have a window" in refusals(Linear(), windowed)[0].message
+
+
 def test_check_refuses_what_the_build_would() -> None:
     families = families_with_rotary_positions()
     assert len(families) > 100
@@ -254,10 +261,10 @@ def test_check_refuses_what_the_build_would() -> None:
     for config, shape in families:
         factors = [2.0] * max(1, shape.rotary_dim // 2)
         for plugin in (Yarn(), Linear(), Llama3(), Dynamic(), LongRope(factors)):
-            refused = refusals(plugin, shape)
+            refused = refusals(plugin, shape, {"cache.none"})
             if any("changes nothing" in problem.message for problem in refused):
                 continue  # transformers would not mind; the receipt would
-            given = PositionContext(config=config)
+            given = PositionContext(config=config, traits=frozenset({"cache.none"}))
             if refused:
                 with pytest.raises(RecipeError):
                     plugin.position_encoding(given)
@@ -309,4 +316,4 @@ def test_unchanged_frequencies_are_no_proof(build: Build) -> None:
     for plugin in (Linear(), Llama3(), LongRope([2.0] * 8)):
         assert not verdict(plugin, session, source_config=session.config)
         assert not verdict(plugin, native)
-    assert not verdict(Dynamic(), native, shape=native.shape)
+    assert not verdict(Dynamic(), native, context_tokens=native.context_tokens)
