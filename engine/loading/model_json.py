@@ -138,7 +138,7 @@ def unusable(folder: Path, error: Exception, what: str, hint: str = "") -> Check
     """
     first = next(iter(str(error).strip().splitlines()), "")
     message = f"{what}: {type(error).__name__}: {first}"
-    config = read_config(folder)
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
     if sys.flags.optimize >= 2:
         message = f"{what}: it needs docstrings, which PYTHONOPTIMIZE=2 (python -OO) takes away"
         hint = "PYTHONOPTIMIZE=1, or unset it"
