@@ -119,9 +119,9 @@ hookimpl = pluggy.HookimplMarker("engine")
 def configure(context: ConfigureContext) -> ModelConfig | None:
     """Say what the model's config is, where the file of its weights tells that.
 
-    Collecting, but only the plugin in `load` may answer. Runs first, when the model's folder is on
-    this machine; `None` leaves it at the folder's config.json. Raise `CheckpointError` for files
-    that contradict each other.
+    Collecting. Only the plugin in `load` may answer. Runs first, when the model's folder is on this
+    machine; `None` leaves it at the folder's config.json. Raise `CheckpointError` for files that
+    contradict each other.
 
         @hookimpl
         def configure(self, context):

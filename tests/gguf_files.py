@@ -242,7 +242,8 @@ def _changed(name: str, array: np.ndarray, config: Any, architecture: str) -> np
             rows = (parts[:, :-2], parts[:, [-2]], parts[:, [-1]])
             return np.concatenate([each.reshape(-1, wide) for each in rows])
         case "mamba" if name.endswith(".A_log"):
-            return -np.exp(array)
+            negated: np.ndarray = -np.exp(array)
+            return negated
         case "mamba" | "lfm2" if ".conv1d.weight" in name or "conv.conv" in name:
             return array.squeeze(1)
     return array

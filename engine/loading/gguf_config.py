@@ -225,7 +225,7 @@ def of_header(header: GgufHeader) -> Config:
     if "rope_parameters" in fields:
         config.setdefault("rope_parameters", _scaled(header))
     ids = {name: header.keys.get(f"tokenizer.ggml.{name}_token_id") for name in _IDS}
-    ends = sorted({int(ids[name]) for name in _ENDS if ids[name] is not None})
+    ends = sorted({int(each) for name in _ENDS if (each := ids[name]) is not None})
     config |= {
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in header.tensors,

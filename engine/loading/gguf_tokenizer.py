@@ -123,14 +123,24 @@ def _built(header: GgufHeader) -> PreTrainedTokenizerBase:
     fast: Any = PreTrainedTokenizerFast
     try:
         with common.quiet():
-            found: PreTrainedTokenizerBase = fast.from_pretrained(
-                header.file.parent, gguf_file=header.file.name
-            )
+            found: Any = fast.from_pretrained(header.file.parent, gguf_file=header.file.name)
+            _drop_beyond(found, header.keys[_TOKENS])
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
         what = f"transformers cannot build the tokenizer: {type(error).__name__}: {first}"
         raise _refused(header, what) from error
-    return found
+    return found  # type: ignore[no-any-return]
+
+
+def _drop_beyond(tokenizer: Any, count: int) -> None:
+    """Take out what the file has no token for: GPT-2's class adds its <|endoftext|> to all."""
+    from tokenizers import Tokenizer
+
+    made = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = [each for each in made["added_tokens"] if each["id"] < count]
+    if len(kept) < len(made["added_tokens"]):
+        # There is no public way to take an added token back.
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**made, "added_tokens": kept}))
 
 
 def _refused(header: GgufHeader, why: str, hint: str = "") -> CheckpointError:

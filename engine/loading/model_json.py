@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, Problem
 from engine.families import family
+from engine.loading.model_folder import gguf_files
 from engine.loading.safetensors_header import disguise
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises CheckpointError when it is missing, not a JSON object, describes no model, or asks for
     a kernel of the hub, which would be code from elsewhere.
     """
+    if not (folder / "config.json").is_file() and (files := gguf_files(folder)):
+        message = "config.json is not there, and the weights are a file of llama.cpp"
+        raise bad_file(folder / "config.json", message, f"load=gguf load.file={files[0]}")
     config = json_object(folder / "config.json")
     if not (config.get("model_type") or config.get("architectures")):
         message = "config.json has neither model_type nor architectures: it describes no model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from engine import hookimpl
 from engine.contexts import (
@@ -30,7 +30,6 @@ from engine.loading import (
 from engine.loading import common as loading
 from engine.loading.gguf_weights import Weights
 from engine.loading.prequantized import installed
-from engine.rules import Rule
 from engine.shape import read_shape
 
 if TYPE_CHECKING:
@@ -62,22 +61,13 @@ class Gguf:
 
     `file` is in the model's folder (`model.path`); of a file that was split, it is the first part.
     The package `gguf` unpacks nearly all kinds of blocks; unpacked they need the memory of
-    `model.dtype`. What the header says of how the model computes is held against config.json, and
+    `model.dtype`, unless `quantize` packs them anew. What the header says of how the model computes is held against config.json, and
     its vocabulary against the tokenizer, where these lie beside the file; where not, both are made
     of the header, for the families and ways to split text of which that is possible.
     """
 
     file: str = ""
     scan: bool = True
-    excludes: ClassVar[dict[str, str | Rule]] = {
-        "weights.packed": Rule(
-            code="gguf-packed",
-            why="transformers refuses to quantize a model that it reads from a GGUF file",
-            hint="quantize=none",
-            source="transformers quantizers/auto.py, get_hf_quantizer",
-            seen="transformers 5.23.0, 2026-11-22",
-        )
-    }
 
     @hookimpl
     def configure(self, context: ConfigureContext) -> ModelConfig | None:
@@ -106,14 +96,14 @@ class Gguf:
             return
         asked = context.recipe.model
         folder = checkpoint.locate(asked.path, asked.revision, download=False)
-        there = sorted(each.name for each in folder.glob("*.gguf")) if folder else []
+        there = model_folder.gguf_files(folder) if folder else []
         local = model_folder.is_local(asked.path)
         if not gguf_header.is_name(self.file):
             why = f"load.file={self.file!r} names no .gguf file of the model's folder"
-        elif local and self.file not in there:
+        elif local and folder and not (folder / self.file).is_file():
             why = f"load.file={self.file} is not in {folder}"
         else:
-            if folder and context.shape and self.file in there:
+            if folder and context.shape and (folder / self.file).is_file():
                 self._verify(folder)
             return
         hint = f"load.file={there[0]}" if there else "load.file=FILE.gguf, in that folder"
@@ -143,13 +133,11 @@ class Gguf:
         ends = ends if isinstance(ends, list) else [ends]
         tokenizer = gguf_tokenizer.load(header, folder, asked.trust_remote_code, ends)
         weights = Weights(header, context.source_config, context.dtype)
-        model, info = loading.from_pretrained(
-            context,
-            folder,
-            weights.model_class,
-            state_dict=weights.unpack(scan=self.scan),
-            device_map={"": context.device},
-        )
+        options: dict[str, Any] = {"state_dict": weights.unpack(scan=self.scan)}
+        if context.quantization.config is not None:
+            options["quantization_config"] = context.quantization.config
+        options["device_map"] = {"": context.device}
+        model, info = loading.from_pretrained(context, folder, weights.model_class, **options)
         checkpoint.verify_loaded(folder, info, model=model)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         if context.quantization.finish is not None:
@@ -174,9 +162,11 @@ class Gguf:
         changed = loading.changed(loaded.sampled, model)
         held = [*model.parameters(), *model.buffers()]
         devices = {tensor.device for tensor in held}
+        packed = session.built["quantize"].config is not None
         yield Receipt(
             slot="load",
-            claim="all of the file is in memory, unpacked",
+            claim="all of the file is in memory, unpacked"
+            + (", then packed as the recipe says" if packed else ""),
             evidence={
                 "class": type(model).__name__,
                 **{f"tensors in {kind}": count for kind, count in loaded.kinds.items()},
@@ -191,7 +181,7 @@ class Gguf:
                 "files verified by checksum": loaded.checksums,
             },
             ok={device.type for device in devices} == {session.device.type}
-            and all(parameter.is_floating_point() for parameter in model.parameters())
+            and (packed or all(each.is_floating_point() for each in model.parameters()))
             and loaded.held > 0
             and not loaded.differing
             and not model.training

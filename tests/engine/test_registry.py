@@ -230,7 +230,7 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
             + "    runs: int = field(default=0, init=False)",
             "has runs = field(init=False), which is state, and a plugin holds options only",
         ),
-        (PLUGIN + "    engine_api = '>=2'", "works with hook contract >=2; this is 1.2"),
+        (PLUGIN + "    engine_api = '>=2'", "works with hook contract >=2; this is 1.3"),
         (PLUGIN + "    engine_api = 'new'", "engine_api that is no range of versions"),
     ],
 )

@@ -20,7 +20,7 @@ pytest.importorskip("gguf")
 TEXTS = (
     "def add(a, b):\n\treturn a + 12345  # it's\r\n",
     "  two  spaces, and the end </s> of it <s>",
-    "größer 漢字 🙂 <|im_start|>",
+    "größer 漢字 🙂 <|im_start|> <|endoftext|>",
     "",
 )
 KEYS = tokenizer_keys(TOKENS)
@@ -38,6 +38,7 @@ def load(folder: Path, ends: tuple[int, ...] = (2,), **changes: Any) -> Any:
 @pytest.mark.parametrize("bos", [True, False])
 def test_a_byte_level_tokenizer_is_the_original(tmp_path: Path, bos: bool) -> None:
     ours, original = load(tmp_path, ggml__add_bos_token=bos), tiny_tokenizer()
+    assert len(ours) == TOKENS
     for text in TEXTS:
         ids = original(text).input_ids
         assert ours(text).input_ids == [1] * bos + ids
