@@ -335,6 +335,7 @@ def keys_of(model: Any, architecture: str) -> dict[str, Any]:
         case "phi3":
             original = config.original_max_position_embeddings
             keys["rope.scaling.original_context_length"] = original
+            keys["attention.sliding_window"] = config.sliding_window or 0
             if rope["rope_type"] == "longrope":
                 ratio = config.max_position_embeddings / original
                 scale = math.sqrt(1 + math.log(ratio) / math.log(original))

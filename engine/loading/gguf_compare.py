@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.loading import gguf_keys, gguf_rope, gguf_tensors, gguf_tokenizer
+from engine.loading.gguf_families import NO_CONFIG, OTHER_CONFIG
 from engine.loading.gguf_header import GgufHeader, refused
 from engine.loading.model_json import some
 from engine.shape import ModelShape
-
-OTHER_CONFIG = (
-    "config.json is another model's, or was changed: take that of the checkpoint that the file was "
-    "made of, or none: then the header tells"
-)
-NO_CONFIG = "put the config.json of the checkpoint that the file was made of beside it"
 
 
 def verify(header: GgufHeader, shape: ModelShape, *, beside: bool) -> None:

@@ -26,6 +26,13 @@ KINDS = ("gpt2", "llama")
 _AS_GPT2 = frozenset({"gpt-2", "phi-2", "mpt", "olmo", "jais"})
 """Ways to split text that are GPT-2's (llama.cpp, src/llama-vocab.cpp): transformers' default."""
 
+_AS_LLAMA3 = frozenset(
+    {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"}
+    | {"jina-v5-nano", "tekken"}
+)
+"""Ways to split text with which llama.cpp takes a token for a whole word whatever the merges say,
+and begins a text with the BOS token unless the header says otherwise."""
+
 _TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 _UNUSED = 5
 """Type of a token that only fills the vocabulary up."""
@@ -124,7 +131,7 @@ def _built(header: GgufHeader) -> PreTrainedTokenizerBase:
     try:
         with common.quiet():
             found: Any = fast.from_pretrained(header.file.parent, gguf_file=header.file.name)
-            _drop_beyond(found, header.keys[_TOKENS])
+            _mend(found, header)
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
         what = f"transformers cannot build the tokenizer: {type(error).__name__}: {first}"
@@ -132,15 +139,21 @@ def _built(header: GgufHeader) -> PreTrainedTokenizerBase:
     return found  # type: ignore[no-any-return]
 
 
-def _drop_beyond(tokenizer: Any, count: int) -> None:
-    """Take out what the file has no token for: GPT-2's class adds its <|endoftext|> to all."""
+def _mend(tokenizer: Any, header: GgufHeader) -> None:
+    """Put right what transformers makes otherwise of a header than llama.cpp does."""
     from tokenizers import Tokenizer
 
     made = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = [each for each in made["added_tokens"] if each["id"] < count]
-    if len(kept) < len(made["added_tokens"]):
+    # GPT-2's class adds its <|endoftext|> to all.
+    kept = [each for each in made["added_tokens"] if each["id"] < header.keys[_TOKENS]]
+    as_llama3 = header.keys.get("tokenizer.ggml.pre") in _AS_LLAMA3
+    if as_llama3:
+        made["model"]["ignore_merges"] = True
+    if as_llama3 or len(kept) < len(made["added_tokens"]):
         # There is no public way to take an added token back.
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**made, "added_tokens": kept}))
+    if as_llama3 and tokenizer.bos_token is not None:
+        tokenizer.add_bos_token = header.keys.get("tokenizer.ggml.add_bos_token", True)
 
 
 def _refused(header: GgufHeader, why: str, hint: str = "") -> CheckpointError:

@@ -61,9 +61,10 @@ class Gguf:
 
     `file` is in the model's folder (`model.path`); of a file that was split, it is the first part.
     The package `gguf` unpacks nearly all kinds of blocks; unpacked they need the memory of
-    `model.dtype`, unless `quantize` packs them anew. What the header says of how the model computes is held against config.json, and
-    its vocabulary against the tokenizer, where these lie beside the file; where not, both are made
-    of the header, for the families and ways to split text of which that is possible.
+    `model.dtype`, unless `quantize` packs them anew. What the header says of how the model computes
+    is held against config.json, and its vocabulary against the tokenizer, where these lie beside
+    the file; where not, both are made of the header, for families and ways to split text of which
+    that is possible.
     """
 
     file: str = ""

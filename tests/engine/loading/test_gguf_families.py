@@ -6,6 +6,7 @@ And whatever a file says is used, compared or told: each key and each tensor is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from engine.errors import CheckpointError
-from engine.loading import gguf_compare, gguf_config, gguf_header, gguf_tokenizer
+from engine.loading import gguf_compare, gguf_config, gguf_header, gguf_rope, gguf_tokenizer
 from engine.loading.gguf_header import GgufHeader
 from engine.loading.gguf_weights import Weights
 from engine.shape import read_shape
@@ -60,7 +62,8 @@ def loaded(header: GgufHeader, config: Any) -> Any:
     """Return the model of a file."""
     state = Weights(header, config, torch.float32).unpack(scan=True)
     auto: Any = AutoModelForCausalLM
-    model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with no_init_weights():
+        model = auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
     lacking = model.load_state_dict(state, strict=False)
     assert not lacking.unexpected_keys
     assert set(lacking.missing_keys) <= {"lm_head.weight"}
@@ -109,7 +112,7 @@ def test_the_config_of_a_header_is_as_transformers_reads_it(
 # ---------------------------------------------------------------------------------------------
 
 SAID_BY_NOBODY = {"general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre"}
-MANY = ["llama-yarn", "llama-3.1", "qwen2moe", "gemma2", "gemma3", "phi3-longrope", "lfm2"]
+SOME = ["llama-yarn", "llama-3.1", "qwen2moe", "gemma2", "phi3-longrope", "lfm2"]
 
 
 def other(value: Any) -> Any:
@@ -139,7 +142,7 @@ def told_of(file: Path, usual: tuple[Any, Any, Any]) -> str:
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["config.json", "header"])
-@pytest.mark.parametrize("name", MANY)
+@pytest.mark.parametrize("name", [*SOME, "gemma3"])
 def test_a_key_that_changes_is_never_silent(
     made: Made, tmp_path: Path, name: str, beside: bool
 ) -> None:
@@ -156,7 +159,52 @@ def test_a_key_that_changes_is_never_silent(
     assert not set(silent) - {"tokenizer.ggml.token_type"}
 
 
-@pytest.mark.parametrize("name", MANY)
+HAS_DEFAULT = re.compile(
+    r"rope\.|softcapping|sliding_window|head_count_kv|feed_forward_length|vocab_size|tokenizer\."
+)
+"""What llama.cpp has a default for, too, and sizes: whether these are right, the tensors tell."""
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_header_without_a_key_gives_no_other_model(made: Made, tmp_path: Path, name: str) -> None:
+    one = made(name)
+    usual = answered(one.write(tmp_path))
+    for key in one.keys:
+        answer = told_of(one.write(tmp_path, {key: None}), usual)
+        assert answer != "used" or HAS_DEFAULT.search(key), key
+    for tensor in one.tensors:
+        fewer = {each: array for each, array in one.tensors.items() if each != tensor}
+        answer = told_of(one.write(tmp_path, tensors=fewer), usual)
+        assert answer.startswith("refused") or tensor in ("output.weight", *gguf_rope.TABLES)
+
+
+@pytest.mark.parametrize("key", ["block_count", "attention.layer_norm_rms_epsilon"])
+def test_a_header_that_leaves_something_open_says_so(made: Made, tmp_path: Path, key: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"the header lacks qwen2\.{key}") as refused:
+        judged(made("qwen2").write(tmp_path, {f"qwen2.{key}": None}))
+    assert "put the config.json" in str(refused.value)
+
+
+def test_sizes_that_cannot_be_are_told_of_the_file(made: Made, tmp_path: Path) -> None:
+    file = made("qwen2").write(tmp_path, {"qwen2.attention.head_count": 5})
+    with pytest.raises(CheckpointError, match="does not divide by 5 attention heads") as refused:
+        judged(file)
+    assert str(file) in str(refused.value)
+
+
+def test_a_packing_that_config_json_tells_of_is_of_other_weights(
+    made: Made, tmp_path: Path
+) -> None:
+    one = made("gpt-oss")
+    folder = one.beside(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    _, told = judged(one.write(folder))
+    assert "quantization_config" not in told.config
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_a_tensor_that_is_missing_or_more_is_never_silent(
     made: Made, tmp_path: Path, name: str
 ) -> None:

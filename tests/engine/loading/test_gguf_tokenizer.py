@@ -47,6 +47,34 @@ def test_a_byte_level_tokenizer_is_the_original(tmp_path: Path, bos: bool) -> No
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<s>", "</s>", "<pad>")
 
 
+@pytest.mark.parametrize("stated", [True, False, None])
+def test_words_of_llama_3_are_tokens_whatever_the_merges(
+    tmp_path: Path, stated: bool | None
+) -> None:
+    """And its texts begin with a token of their own, unless the header says otherwise."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    tokens = [*KEYS["tokenizer.ggml.tokens"], "Ġunreachable"]
+    merges = [tuple(each.split(" ")) for each in KEYS["tokenizer.ggml.merges"]]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    original = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
+    split = Regex(GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"])
+    original.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(split, behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    types = [*KEYS["tokenizer.ggml.token_type"], 1]
+    changes = {"tokens": tokens, "token_type": types, "add_bos_token": stated}
+    ours = load(tmp_path, ggml__pre="llama-bpe", **{f"ggml__{n}": v for n, v in changes.items()})
+    for text in ("an unreachable word", "1234567 it's"):
+        due = [1] * (stated is not False) + original.encode(text).ids
+        assert ours(text).input_ids == due
+    assert TOKENS in ours("an unreachable word").input_ids
+
+
 PIECES = ["▁", *"abcdefghijklmnopqrstuvwxyz,.", "▁a", "ab", "▁ab", "cd", "▁abcd"]
 
 
@@ -80,6 +108,7 @@ def test_a_tokenizer_of_sentence_pieces_is_the_original(
     more = {} if stated is None else {"tokenizer.ggml.add_bos_token": stated}
     file = write_file(tmp_path / "x.gguf", "llama", {**keys, **more}, HALF)
     ours: Any = gguf_tokenizer.load(gguf_header.read(file), tmp_path, False, ())
+    assert len(ours) == len(keys["tokenizer.ggml.tokens"])
     for text in ("abcd abcd", "  cab, ü", *TEXTS):
         assert ours(text).input_ids == original(text).input_ids, text
     keys["tokenizer.ggml.add_space_prefix"] = False
