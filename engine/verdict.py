@@ -96,8 +96,7 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
                 raise  # else options that are refused have no price
     if problems or broken:
         kind = RecipeError if problems else CheckpointError
-        found = list(dict.fromkeys([*problems, *broken]))  # several may read one broken file
-        return Verdict(recipe, hooks, target, reshaped, found, pricer, kind)
+        return Verdict(recipe, hooks, target, reshaped, [*problems, *broken], pricer, kind)
     # How much of a model that is spread lies on which device, accelerate decides when it loads.
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
     excess = [] if spread or pricer is None else pricer.refusal()

@@ -150,7 +150,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "falcon": Architecture(("falcon",), _falcon),
     "gpt2": Architecture(("gpt2",)),
     "bloom": Architecture(("bloom",)),
-    "mamba": Architecture(("mamba",)),
+    "mamba": Architecture(
+        ("mamba",), required=("ssm.conv_kernel", "ssm.state_size", "ssm.time_step_rank")
+    ),
     "stablelm": Architecture(("stablelm",), _stablelm),
     "nemotron": Architecture(("nemotron",)),
     "gpt-oss": Architecture(("gpt_oss",), _gpt_oss, ("attention.sliding_window",)),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.loading import gguf_tensors
 from engine.loading.gguf_header import GgufHeader, refused
-from engine.loading.model_json import some
+from engine.loading.model_json import some, unusable
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,12 @@ class Weights:
         from transformers import AutoModelForCausalLM
 
         auto: Any = AutoModelForCausalLM
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype)
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=dtype)
+        except Exception as error:
+            what = f"transformers cannot make a {config.model_type} of what config and file say"
+            raise unusable(header.file.parent, error, what) from error
         self.model_class: type[PreTrainedModel] = type(model)
         self._header, self._dtype = header, dtype
         self._text: Any = config.get_text_config()

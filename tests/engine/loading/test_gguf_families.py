@@ -113,6 +113,8 @@ def test_the_config_of_a_header_is_as_transformers_reads_it(
 
 SAID_BY_NOBODY = {"general.name", "tokenizer.ggml.model", "tokenizer.ggml.pre"}
 SOME = ["llama-yarn", "llama-3.1", "qwen2moe", "gemma2", "phi3-longrope", "lfm2"]
+REST = [name for name in CASES if name not in SOME]
+EVERY = [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
 
 
 def other(value: Any) -> Any:
@@ -142,7 +144,7 @@ def told_of(file: Path, usual: tuple[Any, Any, Any]) -> str:
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["config.json", "header"])
-@pytest.mark.parametrize("name", [*SOME, "gemma3"])
+@pytest.mark.parametrize("name", EVERY)
 def test_a_key_that_changes_is_never_silent(
     made: Made, tmp_path: Path, name: str, beside: bool
 ) -> None:
@@ -165,7 +167,7 @@ HAS_DEFAULT = re.compile(
 """What llama.cpp has a default for, too, and sizes: whether these are right, the tensors tell."""
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_header_without_a_key_gives_no_other_model(made: Made, tmp_path: Path, name: str) -> None:
     one = made(name)
     usual = answered(one.write(tmp_path))
@@ -204,7 +206,7 @@ def test_a_packing_that_config_json_tells_of_is_of_other_weights(
     assert "quantization_config" not in told.config
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_tensor_that_is_missing_or_more_is_never_silent(
     made: Made, tmp_path: Path, name: str
 ) -> None:
@@ -258,6 +260,38 @@ def test_a_key_that_the_model_cannot_obey_is_refused(made: Made, tmp_path: Path)
         with pytest.raises(CheckpointError, match=f"{key} is .* in the file"):
             judged(one.write(tmp_path, {f"qwen2.{key}": value}))
     judged(one.write(tmp_path, {"qwen2.logit_scale": 1.0, "qwen2.pooling_type": 0}))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "right", "wrong"),
+    [
+        ("qwen2", "attention.scale", 0.25, 0.5),
+        ("gemma2", "attention.scale", 32**-0.5, 16**-0.5),
+        ("qwen2", "attention.head_count", [4, 4], [4, 2]),
+        ("qwen2", "feed_forward_length", [128, 128], [128, 0]),
+        ("bloom", "attention.max_alibi_bias", 8.0, 4.0),
+        ("falcon-40b", "tensor_data_layout", "jploski", "another"),
+        ("gemma3", "attention.sliding_window_pattern", 6, 2),
+        ("gemma3", "attention.sliding_window_pattern", [True] * 5 + [False, True], [True] * 7),
+        ("gemma3", "rope.freq_base_swa", 10000.0, 1e6),
+        ("llama-yarn", "rope.scaling.yarn_beta_fast", 32.0, 16.0),
+        ("llama-yarn", "rope.scaling.yarn_ext_factor", 1.0, 0.5),
+        ("llama-yarn", "rope.scaling.attn_factor", 1.0, 1.5),
+        ("qwen3moe", "expert_weights_norm", True, False),
+        ("qwen3moe", "expert_weights_scale", 1.0, 2.5),
+        ("qwen3moe", "expert_gating_func", 1, 2),
+        ("qwen2", "attention.causal", True, False),
+        ("qwen2", "rope.scaling.type", "none", "linear"),
+    ],
+)
+def test_a_key_that_is_seldom_written_is_compared(
+    made: Made, tmp_path: Path, name: str, key: str, right: Any, wrong: Any
+) -> None:
+    one = made(name)
+    folder = one.beside(tmp_path / "model")
+    judged(one.write(folder, {f"{one.architecture}.{key}": right}))
+    with pytest.raises(CheckpointError, match=r"in the file and .* in config\.json"):
+        judged(one.write(folder, {f"{one.architecture}.{key}": wrong}))
 
 
 # ---------------------------------------------------------------------------------------------

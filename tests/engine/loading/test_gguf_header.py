@@ -159,6 +159,27 @@ def test_other_versions_are_named(tmp_path: Path, version: bytes, why: str) -> N
         gguf_header.read(file)
 
 
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    file = small(tmp_path)
+    file.write_bytes(file.read_bytes().replace(b"llama.offset", b"llama.widths"))
+    with pytest.raises(CheckpointError, match=r"the key llama\.widths a second time"):
+        gguf_header.read(file)
+
+
+@pytest.mark.parametrize("name", list(TENSORS))
+def test_a_tensor_that_does_not_follow_the_one_before_is_refused(tmp_path: Path, name: str) -> None:
+    """Two of them at one place would both be read from there."""
+    file = small(tmp_path)
+    content = bytearray(file.read_bytes())
+    place = content.index(name.encode()) + len(name)
+    place += 4 + 8 * TENSORS[name].ndim + 4  # dimensions, and the kind
+    (offset,) = struct.unpack_from("<Q", content, place)
+    struct.pack_into("<Q", content, place, offset ^ 32)
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"no whole GGUF file: the tensor {name} of shape"):
+        gguf_header.read(file)
+
+
 def test_another_alignment_is_used(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "llama")
     writer.add_custom_alignment(128)
@@ -221,3 +242,11 @@ def test_what_is_wrong_with_parts_is_named(tmp_path: Path) -> None:
         {"more.weight": table, "other.weight": table},
     )
     assert "the 3 parts hold 4 tensors, and their header says 3" in refused(first)
+
+
+def test_parts_that_repeat_a_tensor_are_refused(tmp_path: Path) -> None:
+    first, _, third = parts(tmp_path)
+    again = {"output_norm.weight": TENSORS["output_norm.weight"]}
+    write_file(third, "llama", {"split.no": 2, "split.count": 3}, again)
+    with pytest.raises(CheckpointError, match=r"x-00003.* repeats tensors: output_norm\.weight"):
+        gguf_header.read(first)
