@@ -66,7 +66,7 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
             hint="model.path=FOLDER_OR_HUB_ID",
         )
     told = verdict.hooks.configure(ConfigureContext(recipe=recipe, folder=folder, download=True))
-    if not here:  # its config has come just now
+    if not here or verdict.shape is None:  # its config has come just now
         verdict = check(recipe)
         verdict.raise_for_problems()
     progress("importing torch and transformers")
@@ -158,6 +158,7 @@ def _read_config(recipe: Recipe, folder: Path, told: ModelConfig | None) -> Pret
     config: PretrainedConfig
     try:
         if told is None:
+            checkpoint.read_config(folder)  # which says more of a file that is missing or broken
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=recipe.model.trust_remote_code
             )

@@ -21,6 +21,7 @@ from engine.hooks import Hooks
 from engine.loading import checkpoint
 from engine.loading.checkpoint import TensorInfo
 from engine.loading.known_models import known_config
+from engine.loading.model_folder import is_local
 from engine.planning.calibration import known
 from engine.planning.passes import Pricer, limit
 from engine.recipe import Recipe, slots
@@ -120,6 +121,9 @@ def find_shape(
             stated = recipe.model.config or known_config(recipe.model.path)
             return (read_shape(stated) if stated else None), [], ()
         told = hooks.configure(ConfigureContext(recipe=recipe, folder=folder))
+        there = (folder / "config.json").is_file() or is_local(recipe.model.path)
+        if told is None and not there:  # other files of a hub model are here than are asked for
+            return None, [], ()
         config = checkpoint.read_config(folder) if told is None else told.config
         return read_shape(config, _tensors(folder)), [], () if told is None else told.notes
     except CheckpointError as error:

@@ -37,6 +37,6 @@ def notes(
 ) -> Iterator[str]:
     """Yield what a file says that is not used."""
     if keys := [*gguf_keys.unused(header, shape), *gguf_tokenizer.unused(header)]:
-        yield f"{header.file.name}: keys of the header that nobody here knows: {some(keys)}"
+        yield f"{header.file.name}: not used of its header: {some(keys)}"
     for each in gguf_tokenizer.other_than_beside(header, folder, config):
         yield f"{header.file.name}: {each}"

@@ -103,7 +103,10 @@ class GgufHeader:
         row = (*one.shape[:-1], one.shape[-1] // block * size)
         packed = np.memmap(one.file, np.uint8, "r", offset=one.start, shape=row)
         with np.errstate(all="ignore"):  # what is not finite is told, by name
-            return np.array(gguf.dequantize(packed, kind), np.float32).reshape(one.shape)
+            values = gguf.dequantize(packed, kind)
+        # Of F32 it is the file itself: one that is cut later would end the process.
+        owned = np.array(values) if one.kind == "F32" else values
+        return owned.reshape(one.shape)
 
 
 def read(file: Path) -> GgufHeader:

@@ -139,11 +139,13 @@ def _cached_gguf(repo: Path, revision: str | None) -> Path | None:
     ref = repo / "refs" / (revision or "main")
     commit = ref.read_text("utf-8").strip() if ref.is_file() else revision or ""
     there = repo / "snapshots" / commit
-    return there if commit and gguf_files(there) else None
+    return there if commit and next(there.rglob("*.gguf"), None) else None
 
 
-def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    """Return the folder with a model's files that match `patterns`, none of its subfolders.
+def fetch(
+    repo: str, revision: str | None, patterns: list[str], *, subfolders: bool = False
+) -> Path:
+    """Return the folder with a model's files that match `patterns`; with `subfolders` also there.
 
     Takes what the cache has where the hub does not answer. Raises CheckpointError where that is
     not enough: offline, gated, no such model, no such revision.
@@ -162,7 +164,7 @@ def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
             repo,
             revision=revision,
             allow_patterns=patterns,
-            ignore_patterns=["*/*"],
+            ignore_patterns=None if subfolders else ["*/*"],
             local_files_only=refusal is not None,
         )
     except LocalEntryNotFoundError as error:

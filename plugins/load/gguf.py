@@ -80,6 +80,12 @@ class Gguf:
         if context.download and not local:
             folder = self._fetch(recipe)
         if not (folder / self.file).is_file():
+            if context.download and not local:
+                raise gguf_header.refused(
+                    folder / self.file,
+                    f"{recipe.model.path} has no {self.file}",
+                    "load.file=FILE.gguf, one that its page lists",
+                )
             return None
         header = gguf_header.read(folder / self.file)
         if (local or context.download) and not gguf_tokenizer.lies_in(folder):
@@ -191,8 +197,9 @@ class Gguf:
 
     def _fetch(self, recipe: Recipe) -> Path:
         """Return the folder of a hub model, with the file and what lies beside it."""
-        patterns = [*model_folder.SMALL_FILES, gguf_header.siblings(self.file)]
-        return model_folder.fetch(recipe.model.path, recipe.model.revision, patterns)
+        asked, parts = recipe.model, gguf_header.siblings(self.file)
+        model_folder.fetch(asked.path, asked.revision, model_folder.SMALL_FILES)
+        return model_folder.fetch(asked.path, asked.revision, [parts], subfolders=True)
 
     def _verify(self, folder: Path) -> gguf_header.GgufHeader:
         """Return the file's header, once it has proven to be of the config's model."""

@@ -67,8 +67,13 @@ def test_words_of_llama_3_are_tokens_whatever_the_merges(
         ]
     )
     types = [*KEYS["tokenizer.ggml.token_type"], 1]
-    changes = {"tokens": tokens, "token_type": types, "add_bos_token": stated}
-    ours = load(tmp_path, ggml__pre="llama-bpe", **{f"ggml__{n}": v for n, v in changes.items()})
+    ours = load(
+        tmp_path,
+        ggml__pre="llama-bpe",
+        ggml__tokens=tokens,
+        ggml__token_type=types,
+        ggml__add_bos_token=stated,
+    )
     for text in ("an unreachable word", "1234567 it's"):
         due = [1] * (stated is not False) + original.encode(text).ids
         assert ours(text).input_ids == due

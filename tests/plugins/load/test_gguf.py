@@ -15,7 +15,7 @@ import torch
 
 from engine import recipe, verdict
 from engine.errors import CheckpointError
-from engine.loading import checkpoint
+from engine.loading import checkpoint, model_folder
 from engine.plugins.load.gguf import Gguf
 from tests.conftest import Build
 from tests.gguf_files import CASES, Change, Sample, sample, write_gguf
@@ -166,7 +166,10 @@ def test_a_file_that_was_split_is_loaded_from_its_first_part(
     one.write(tmp_path, per_part=10)
     first, second, _ = sorted(each.name for each in tmp_path.iterdir())
     words = [f"model.path={tmp_path}", "load=gguf", "attention=eager"]
+    shutil.copytree(tmp_path, tmp_path / "F32")  # as hub models of many kinds have them
+    below = build(*words, f"load.file=F32/{first}", "decode.max_new_tokens=8")
     session = build(*words, f"load.file={first}", "decode.max_new_tokens=8")
+    assert logits(below.model).equal(logits(session.model))
     assert session.generate("def add").token_ids == continued(one, "def add", 8)
     (problem,) = verdict.check(recipe.compose("base", [*words, f"load.file={second}"])).problems
     assert problem.hint.startswith(f"name the first: load.file={first}")
@@ -193,8 +196,17 @@ def test_a_hub_model_of_nothing_but_gguf_files_is_found_in_the_cache(
     assert found.problems == []
     assert found.shape is not None
     assert build(*words).shape.model_type == "qwen2"
-    other = verdict.check(recipe.compose("base", words[:1]))
-    assert "load=gguf load.file=x.gguf" in other.problems[0].hint
+    with pytest.raises(CheckpointError, match=r"org/tiny-GGUF has no y\.gguf"):
+        build(*words, "load.file=y.gguf")
+    with pytest.raises(CheckpointError, match=r"load=gguf load\.file=x\.gguf"):
+        build(words[0], "load=transformers")
+
+    def fetched(*_: Any, **__: Any) -> Path:
+        shutil.copyfile(snapshot / "x.gguf", snapshot / "y.gguf")
+        return snapshot
+
+    monkeypatch.setattr(model_folder, "fetch", fetched)
+    assert build(*words, "load.file=y.gguf").shape.model_type == "qwen2"
 
 
 def test_what_to_type_for_a_file_of_llama_cpp(folder: Path) -> None:
