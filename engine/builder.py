@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.attending.registering import register
 from engine.contexts import (
     AttentionContext,
+    ConfigureContext,
     DecodeContext,
     HeadsContext,
     LoadContext,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from engine.contexts import ModelConfig
     from engine.shape import ModelShape
 
 Progress = Callable[[str], None]
@@ -55,20 +57,21 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
     progress("finding the model")
     here = checkpoint.locate(recipe.model.path, recipe.model.revision, download=False) is not None
     folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=True)
-    if folder is not None and not here:  # its config.json has come just now
-        verdict = check(recipe)
-        verdict.raise_for_problems()
     if folder is None:
         raise CheckpointError(
             f"{recipe.model.path} is neither a folder nor at the hub",
             hint="model.path=FOLDER_OR_HUB_ID",
         )
+    told = verdict.hooks.configure(ConfigureContext(recipe=recipe, folder=folder, download=True))
+    if not here or verdict.shape is None:  # its config has come just now
+        verdict = check(recipe)
+        verdict.raise_for_problems()
     progress("importing torch and transformers")
     with quiet():
         # It imports the quantizers that are installed, and these complain of kernels.
         import transformers.modeling_utils  # noqa: F401
 
-        source = _read_config(recipe, folder)
+        source = _read_config(recipe, folder, told)
     device = _device()
     if verdict.target.kind != device.type:  # what the target can, this machine may not
         check(recipe, target=Target(name=HERE)).raise_for_problems()
@@ -116,6 +119,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
         LoadContext(
             recipe=recipe,
             folder=folder,
+            source_config=session.source_config,
             config=session.config,
             dtype=dtype,
             device=session.device,
@@ -151,13 +155,18 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     session.observe("built", recipe=recipe.name, digest=recipe.digest)
 
 
-def _read_config(recipe: Recipe, folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
+def _read_config(recipe: Recipe, folder: Path, told: ModelConfig | None) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
 
+    config: PretrainedConfig
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, trust_remote_code=recipe.model.trust_remote_code
-        )
+        if told is None:
+            checkpoint.read_config(folder)  # which says more of a file that is missing or broken
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=recipe.model.trust_remote_code
+            )
+        else:
+            config = CONFIG_MAPPING[told.config["model_type"]].from_dict(dict(told.config))
     except EngineError:
         raise
     except Exception as error:

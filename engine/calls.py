@@ -32,7 +32,10 @@ PROVIDERS = (
 )
 """Hooks that only the plugin in the slot of the same name may answer."""
 
-COLLECTING = ("reshape", "check", "estimate", "prepare", "receipts", "observe")
+COLLECTING = ("configure", "reshape", "check", "estimate", "prepare", "receipts", "observe")
+
+OWNERS = {**{hook: hook for hook in PROVIDERS}, "configure": "load"}
+"""Hooks that only one slot's plugin may answer → that slot."""
 
 HOOKS = (*PROVIDERS, *COLLECTING)
 
@@ -140,10 +143,9 @@ class Calls:
         except pluggy.PluginValidationError as error:
             raise self._misshapen(one, str(error)) from error
         for caller in self._manager.get_hookcallers(seat) or ():
-            if not seat.wrappers and caller.name in PROVIDERS and caller.name != one.slot:
-                self.blame(
-                    one, caller.name, f"only the plugin in the slot {caller.name} may answer this"
-                )
+            owner = OWNERS.get(caller.name, one.slot)
+            if not seat.wrappers and owner != one.slot:
+                self.blame(one, caller.name, f"only the plugin in the slot {owner} may answer this")
             for implementation in caller.get_hookimpls():
                 self._hook_of[implementation.function.__code__] = caller.name
                 if implementation.function.__code__.co_flags & _ASYNC:

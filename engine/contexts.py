@@ -26,6 +26,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfigureContext:
+    """A model's folder, before anything of it is judged."""
+
+    recipe: Recipe
+    folder: Path
+    """The model's files, as far as they are on this machine."""
+    download: bool = False
+    """Whether what is missing of them may be fetched: not while judging, but before building."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What stands for a model's config.json."""
+
+    config: Mapping[str, Any]
+    """As a parsed config.json would be."""
+    notes: Sequence[str] = ()
+    """What the user should know although nothing is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReshapeContext:
     """A model's shape, as the choices before this one leave it."""
 
@@ -288,7 +309,10 @@ class LoadContext:
     recipe: Recipe
     folder: Path
     """The model's files; weights of a hub model may still have to be fetched into it."""
+    source_config: PretrainedConfig
+    """As the checkpoint has it."""
     config: PretrainedConfig
+    """As position encoding and heads left it: what the model is to be."""
     dtype: torch.dtype
     device: torch.device
     position_encoding: PositionEncoding

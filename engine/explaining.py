@@ -100,7 +100,7 @@ def explain(recipe: Recipe) -> Explanation:
         PluginError: when a plugin breaks the hook contract.
     """
     verdict = check(recipe)
-    shape, _ = find_shape(recipe)
+    shape, _, _ = find_shape(recipe, verdict.hooks)
     base = recipes.compose("base", ["model.path=none"])
     plan = _Plan(verdict, shape)
     parts = [_part(one, getattr(base, one.slot), plan) for one in verdict.hooks.chosen]

@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 class Hooks(Calls):
     """Ask the chosen plugins."""
 
+    def configure(self, context: contexts.ConfigureContext) -> contexts.ModelConfig | None:
+        """Ask the plugin that loads what the model's config is; None where config.json says it."""
+        from engine.contexts import ModelConfig
+
+        found = self._each("configure", {"context": context}, only=self.slot("load"))
+        for one, given in found:
+            return self._checked(
+                one, "configure", given, ModelConfig, {"config": Mapping, "notes": Sequence}
+            )
+        return None
+
     def reshape(self, context: contexts.ReshapeContext) -> ModelShape:
         """Have every choice change the model's shape, one after the other."""
         from engine.shape import ModelShape

@@ -79,6 +79,7 @@ if TYPE_CHECKING:
         AttentionContext,
         CacheContext,
         CheckContext,
+        ConfigureContext,
         DecodeContext,
         Decoder,
         EstimateContext,
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
         KeyValues,
         LoadContext,
         Loaded,
+        ModelConfig,
         PositionContext,
         PositionEncoding,
         PrepareContext,
@@ -115,11 +117,26 @@ hookimpl = pluggy.HookimplMarker("engine")
 
 
 @hookspec
+def configure(context: ConfigureContext) -> ModelConfig | None:
+    """Say what the model's config is, where the file of its weights tells that.
+
+    Collecting. Only the plugin in `load` may answer. Runs first, when the model's folder is on this
+    machine; `None` leaves it at the folder's config.json. Raise `CheckpointError` for files that
+    contradict each other.
+
+        @hookimpl
+        def configure(self, context):
+            header = read_header(context.folder / self.file)
+            return ModelConfig(config={"model_type": "llama", "hidden_size": header["width"], ...})
+    """
+
+
+@hookspec
 def reshape(context: ReshapeContext) -> ModelShape | None:
     """Say what the choice makes of the shape of the model: key/value heads, context.
 
     Collecting. They answer one after the other in the order of the slots: each gets what those
-    before made of the shape, and `None` leaves it. Runs first, when config.json is here. Option
+    before made of the shape, and `None` leaves it. Runs when the model's config is known. Option
     values that `check` refuses leave the shape alone.
 
         @hookimpl

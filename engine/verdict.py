@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.calls import Chosen
-from engine.contexts import CheckContext, ReshapeContext
+from engine.contexts import CheckContext, ConfigureContext, ReshapeContext
 from engine.errors import (
     CheckpointError,
     DoesNotFit,
@@ -21,6 +21,7 @@ from engine.hooks import Hooks
 from engine.loading import checkpoint
 from engine.loading.checkpoint import TensorInfo
 from engine.loading.known_models import known_config
+from engine.loading.model_folder import is_local
 from engine.planning.calibration import known
 from engine.planning.passes import Pricer, limit
 from engine.recipe import Recipe, slots
@@ -90,7 +91,7 @@ def judge(recipe: Recipe, *, target: Target | None = None) -> Verdict:
         for slot, plugin in slots(recipe).items()
     )
     target = resolve(recipe.target if target is None else target)
-    shape, broken = find_shape(recipe)
+    shape, broken, told = find_shape(recipe, hooks)
     reshaped = shape and hooks.reshape(ReshapeContext(recipe=recipe, shape=shape))
     traits = _traits(hooks, shape, target)
     context = CheckContext(
@@ -115,14 +116,16 @@ def judge(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     # How much of a model that is spread lies on which device, accelerate decides when it loads.
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
     excess = [] if spread or pricer is None else pricer.refusal()
-    notes = [*_notes(hooks, traits), *_context(context)]
+    notes = [*told, *_notes(hooks, traits), *_context(context)]
     if reshaped is not None and not reshaped.weighed:
         notes.append("what its weights take is not known before they are on this machine")
     return Verdict(recipe, hooks, target, reshaped, excess, pricer, DoesNotFit, notes)
 
 
-def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
-    """Return the shape of the checkpoint, None when it is not known or broken, and what is wrong.
+def find_shape(
+    recipe: Recipe, hooks: Hooks
+) -> tuple[ModelShape | None, list[Problem], Sequence[str]]:
+    """Return the checkpoint's shape (None: not known, or broken), what is wrong, and notes.
 
     Where config.json is not on this machine, the recipe's own `model.config` tells, or that of a
     model with the same path that recipes know.
@@ -131,11 +134,15 @@ def find_shape(recipe: Recipe) -> tuple[ModelShape | None, list[Problem]]:
         folder = checkpoint.locate(recipe.model.path, recipe.model.revision, download=False)
         if folder is None:
             stated = recipe.model.config or known_config(recipe.model.path)
-            return (read_shape(stated) if stated else None), []
-        config = checkpoint.read_config(folder)
-        return read_shape(config, _tensors(folder)), []
+            return (read_shape(stated) if stated else None), [], ()
+        told = hooks.configure(ConfigureContext(recipe=recipe, folder=folder))
+        there = (folder / "config.json").is_file() or is_local(recipe.model.path)
+        if told is None and not there:  # other files of a hub model are here than are asked for
+            return None, [], ()
+        config = checkpoint.read_config(folder) if told is None else told.config
+        return read_shape(config, _tensors(folder)), [], () if told is None else told.notes
     except CheckpointError as error:
-        return None, error.problems
+        return None, error.problems, ()
 
 
 def _not_causal(shape: ModelShape | None) -> Iterable[Problem]:

@@ -45,6 +45,18 @@ def test_nothing_heavy_is_imported(call: str) -> None:
     assert not HEAVY & _modules(CALLS[call])
 
 
+@pytest.mark.parametrize("verb", ["check", "plan"])
+def test_a_gguf_file_is_judged_without_torch(
+    verb: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    pytest.importorskip("gguf")
+    from tests.gguf_files import sample
+
+    sample("phi3-longrope", tmp_path_factory.mktemp("phi3")).write(tmp_path)
+    words = (f"model.path={tmp_path}", "load=gguf", "load.file=x.gguf", "target=l4")
+    assert HEAVY & _modules(_command(verb, "base", *words)) == {"numpy"}  # which gguf imports
+
+
 @pytest.mark.parametrize("call", ["check", "plan"])
 def test_nothing_that_asks_the_hub_is_imported(call: str) -> None:
     assert "httpx" not in _modules(CALLS[call])

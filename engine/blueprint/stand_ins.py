@@ -383,7 +383,8 @@ class LayerNorm(Module):
         eps: Any = 1e-5,
         elementwise_affine: Any = True,
         bias: Any = True,
-        **_: Any,
+        *_: Any,
+        **__: Any,
     ) -> None:
         many = isinstance(normalized_shape, (tuple, list))
         self.normalized_shape = tuple(normalized_shape) if many else (normalized_shape,)

@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, Problem
 from engine.families import family
-from engine.loading.model_folder import SMALL_FILES, escapes, fetch, is_local, locate
+from engine.loading.model_folder import (
+    SMALL_FILES,
+    escapes,
+    fetch,
+    gguf_files,
+    is_local,
+    locate,
+)
 from engine.loading.model_json import (
     bad_file,
     generation_config,
@@ -91,7 +98,10 @@ def tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorInfo
             "pickle",
         )
     message = f"no weights: neither {_WEIGHTS} nor {_INDEX}"
-    raise bad_file(folder, message, f"in the folder there is: {listing(folder)}", "weights")
+    hint = f"in the folder there is: {listing(folder)}"
+    if files := gguf_files(folder):
+        hint = f"for those of llama.cpp: load=gguf load.file={files[0]}"
+    raise bad_file(folder, message, hint, "weights")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

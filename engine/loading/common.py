@@ -31,11 +31,15 @@ _TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
 
 
 def from_pretrained(
-    context: LoadContext, folder: Path, **options: Any
+    context: LoadContext,
+    folder: Path,
+    model_class: type[PreTrainedModel] | None = None,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Load with transformers, and return the model and what `verify_loaded` needs to know.
 
     Args:
+        model_class: makes it of the option `state_dict`; None takes the weights of the folder.
         options: of `from_pretrained`, beside those that every load has.
 
     Raises:
@@ -45,13 +49,13 @@ def from_pretrained(
     import torch
     from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForCausalLM
+    loader: Any = AutoModelForCausalLM if model_class is None else model_class
     if context.attention_implementation is not None:
         options["attn_implementation"] = context.attention_implementation
     with _LOADING, quiet(), _registered(context.config, context.converters):
         try:
-            model, info = auto.from_pretrained(
-                folder,
+            model, info = loader.from_pretrained(
+                folder if model_class is None else None,
                 config=context.config,
                 generation_config=checkpoint.generation_config(folder, context.config),
                 dtype=context.dtype,

@@ -38,8 +38,19 @@ def locate(path: str, revision: str | None, *, download: bool) -> Path | None:
         there = os.path.abspath(folder)
         looked = "" if there == path else f" (looked for {there})"
         why = "is a file: give its folder" if folder.is_file() else f"is not there{looked}"
-        raise _refused(path, f"{path} {why}", _sibling_hint(path, folder))
+        hint = _sibling_hint(path, folder)
+        if folder.is_file() and folder.suffix == ".gguf":
+            hint = (
+                f"model.path={path[: -len(folder.name)] or './'} load=gguf load.file={folder.name}"
+            )
+        raise _refused(path, f"{path} {why}", hint)
     return fetch(path, revision, SMALL_FILES) if download else _cached(path, revision)
+
+
+def gguf_files(folder: Path) -> list[str]:
+    """Return the names of a folder's GGUF files; of one that was split the first part alone."""
+    names = sorted(each.name for each in folder.glob("*.gguf"))
+    return [name for name in names if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf\Z", name)]
 
 
 def is_local(path: str) -> bool:
@@ -118,11 +129,23 @@ def _cached(repo: str, revision: str | None) -> Path | None:
         config = try_to_load_from_cache(repo, "config.json", revision=revision)
     except HFValidationError as error:
         raise _unanswered(repo, revision, error) from error
-    return Path(config).parent if isinstance(config, str) else None
+    if isinstance(config, str):
+        return Path(config).parent
+    return _cached_gguf(folder, revision)
 
 
-def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    """Return the folder with a model's files that match `patterns`, none of its subfolders.
+def _cached_gguf(repo: Path, revision: str | None) -> Path | None:
+    """Return where the cache has a GGUF file of a repository that has no config.json."""
+    ref = repo / "refs" / (revision or "main")
+    commit = ref.read_text("utf-8").strip() if ref.is_file() else revision or ""
+    there = repo / "snapshots" / commit
+    return there if commit and next(there.rglob("*.gguf"), None) else None
+
+
+def fetch(
+    repo: str, revision: str | None, patterns: list[str], *, subfolders: bool = False
+) -> Path:
+    """Return the folder with a model's files that match `patterns`; with `subfolders` also there.
 
     Takes what the cache has where the hub does not answer. Raises CheckpointError where that is
     not enough: offline, gated, no such model, no such revision.
@@ -141,7 +164,7 @@ def fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
             repo,
             revision=revision,
             allow_patterns=patterns,
-            ignore_patterns=["*/*"],
+            ignore_patterns=None if subfolders else ["*/*"],
             local_files_only=refusal is not None,
         )
     except LocalEntryNotFoundError as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, Problem
 from engine.families import family
+from engine.loading.model_folder import gguf_files
 from engine.loading.safetensors_header import disguise
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises CheckpointError when it is missing, not a JSON object, describes no model, or asks for
     a kernel of the hub, which would be code from elsewhere.
     """
+    if not (folder / "config.json").is_file() and (files := gguf_files(folder)):
+        message = "config.json is not there, and the weights are a file of llama.cpp"
+        raise bad_file(folder / "config.json", message, f"load=gguf load.file={files[0]}")
     config = json_object(folder / "config.json")
     if not (config.get("model_type") or config.get("architectures")):
         message = "config.json has neither model_type nor architectures: it describes no model"
@@ -138,7 +142,7 @@ def unusable(folder: Path, error: Exception, what: str, hint: str = "") -> Check
     """
     first = next(iter(str(error).strip().splitlines()), "")
     message = f"{what}: {type(error).__name__}: {first}"
-    config = read_config(folder)
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
     if sys.flags.optimize >= 2:
         message = f"{what}: it needs docstrings, which PYTHONOPTIMIZE=2 (python -OO) takes away"
         hint = "PYTHONOPTIMIZE=1, or unset it"

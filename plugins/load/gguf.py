@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from engine import hookimpl
-from engine.contexts import CheckContext, EstimateContext, LoadContext, Loaded, Receipt, Term
-from engine.errors import CheckpointError, Problem, RecipeError
-from engine.loading import checkpoint, model_folder
+from engine.contexts import (
+    CheckContext,
+    ConfigureContext,
+    EstimateContext,
+    LoadContext,
+    Loaded,
+    ModelConfig,
+    Receipt,
+    Term,
+)
+from engine.errors import Problem, RecipeError
+from engine.loading import (
+    checkpoint,
+    gguf_compare,
+    gguf_config,
+    gguf_header,
+    gguf_tokenizer,
+    model_folder,
+)
 from engine.loading import common as loading
+from engine.loading.gguf_weights import Weights
 from engine.loading.prequantized import installed
-from engine.rules import Rule
+from engine.shape import read_shape
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
+    from engine.recipe import Recipe
     from engine.session import Session
 
 PACKAGE = "gguf>=0.10"
-_COMPARED = (
-    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "vocab_size", "tie_word_embeddings",
-)  # fmt: skip
-_NO_WEIGHTS = ("rope_freqs.weight",)
-"""Tables that llama.cpp keeps beside the weights, and transformers makes from the config."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedGguf(Loaded):
     """A model, and what its file held."""
 
-    kinds: dict[str, int]
+    kinds: Mapping[str, int]
     """Number format in the file → tensors in it."""
     checksums: int
+    held: int
+    """Weights that were held against the file once more when they were loaded."""
+    differing: list[str]
+    """Of them those whose values were others."""
     sampled: dict[str, torch.Tensor]
 
 
@@ -44,26 +59,42 @@ class LoadedGguf(Loaded):
 class Gguf:
     """Load a GGUF file of llama.cpp, and unpack it to plain weights.
 
-    transformers, "GGUF" in its documentation, reads most kinds of Q, K and IQ blocks; unpacked they
-    need the memory of `model.dtype`. `file` is in the model's folder (`model.path`), beside the
-    config.json and the tokenizer of the original checkpoint, which the file must agree with.
+    `file` is in the model's folder (`model.path`); of a file that was split, it is the first part.
+    The package `gguf` unpacks nearly all kinds of blocks; unpacked they need the memory of
+    `model.dtype`, unless `quantize` packs them anew. What the header says of how the model computes
+    is held against config.json, and its vocabulary against the tokenizer, where these lie beside
+    the file; where not, both are made of the header, for families and ways to split text of which
+    that is possible.
     """
 
     file: str = ""
     scan: bool = True
-    excludes: ClassVar[dict[str, str | Rule]] = {
-        "weights.packed": Rule(
-            code="gguf-packed",
-            why="transformers refuses to quantize a model that it reads from a GGUF file",
-            hint="quantize=none",
-            source="transformers quantizers/auto.py, get_hf_quantizer",
-            seen="transformers 5.23.0, 2026-11-22",
-        )
-    }
+
+    @hookimpl
+    def configure(self, context: ConfigureContext) -> ModelConfig | None:
+        """Take the config from config.json, or where there is none from the file's header."""
+        if not installed(PACKAGE) or not gguf_header.is_name(self.file):
+            return None
+        recipe, folder = context.recipe, context.folder
+        local = model_folder.is_local(recipe.model.path)
+        if context.download and not local:
+            folder = self._fetch(recipe)
+        if not (folder / self.file).is_file():
+            if context.download and not local:
+                raise gguf_header.refused(
+                    folder / self.file,
+                    f"{recipe.model.path} has no {self.file}",
+                    "load.file=FILE.gguf, one that its page lists",
+                )
+            return None
+        header = gguf_header.read(folder / self.file)
+        if (local or context.download) and not gguf_tokenizer.lies_in(folder):
+            gguf_tokenizer.verify_buildable(header)
+        return gguf_config.described(header, folder)
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
-        """Refuse a missing library, and a file that is missing or damaged."""
+        """Refuse a missing library, a file that is missing or damaged, or of another model."""
         if not installed(PACKAGE):
             message = f"load=gguf needs {PACKAGE}, which is not installed"
             yield Problem(
@@ -72,15 +103,15 @@ class Gguf:
             return
         asked = context.recipe.model
         folder = checkpoint.locate(asked.path, asked.revision, download=False)
-        there = sorted(each.name for each in folder.glob("*.gguf")) if folder else []
-        local = folder if model_folder.is_local(asked.path) else None
-        if not self.file.endswith(".gguf") or model_folder.escapes(self.file):
+        there = model_folder.gguf_files(folder) if folder else []
+        local = model_folder.is_local(asked.path)
+        if not gguf_header.is_name(self.file):
             why = f"load.file={self.file!r} names no .gguf file of the model's folder"
-        elif local and self.file not in there:
-            why = f"load.file={self.file} is not in {local}"
+        elif local and folder and not (folder / self.file).is_file():
+            why = f"load.file={self.file} is not in {folder}"
         else:
-            if local:
-                _read(local / self.file)
+            if folder and context.shape and (folder / self.file).is_file():
+                self._verify(folder)
             return
         hint = f"load.file={there[0]}" if there else "load.file=FILE.gguf, in that folder"
         yield Problem(slot="load", code="value", message=why, hint=hint)
@@ -91,37 +122,43 @@ class Gguf:
         asked = context.recipe.model
         folder = checkpoint.locate(asked.path, asked.revision, download=False)
         if folder is not None and not context.shape.weights and (folder / self.file).is_file():
-            numbers = sum(count for _, count in _read(folder / self.file).values())
+            tensors = gguf_header.read(folder / self.file).tensors.values()
+            numbers = sum(tensor.numbers for tensor in tensors)
             yield Term(name="weights", bytes=numbers * context.value_bytes)
 
     @hookimpl
     def load(self, context: LoadContext) -> LoadedGguf:
-        """Hold the file against config.json, load it, and verify what became of it."""
+        """Hold the file against config and tokenizer, load it, and verify what became of it."""
         asked, folder = context.recipe.model, context.folder
         if not model_folder.is_local(asked.path):
-            patterns = [*model_folder.SMALL_FILES, self.file]
-            folder = model_folder.fetch(asked.path, asked.revision, patterns)
+            folder = self._fetch(context.recipe)
+        if not (folder / self.file).is_file():
+            raise RecipeError(f"{folder / self.file} is not there", hint="load.file=FILE.gguf")
         checksums = checkpoint.verify_checksums(folder)
-        stored = self._verify_header(context, folder / self.file)
-        tokenizer = loading.tokenizer(folder, asked.trust_remote_code)
-        options: dict[str, Any] = {"gguf_file": self.file, "device_map": {"": context.device}}
-        model, info = loading.from_pretrained(context, folder, **options)
+        header = self._verify(folder)
+        ends = checkpoint.generation_config(folder, context.source_config).eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        tokenizer = gguf_tokenizer.load(header, folder, asked.trust_remote_code, ends)
+        weights = Weights(header, context.source_config, context.dtype)
+        options: dict[str, Any] = {"state_dict": weights.unpack(scan=self.scan)}
+        if context.quantization.config is not None:
+            options["quantization_config"] = context.quantization.config
+        options["device_map"] = {"": context.device}
+        model, info = loading.from_pretrained(context, folder, weights.model_class, **options)
         checkpoint.verify_loaded(folder, info, model=model)
-        self._verify_complete(model, folder / self.file, set(stored))
-        if self.scan:
-            _verify_finite(model, folder / self.file)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
-        # All of it is plain now: what is left of the packing would be taken for a packed model.
-        model.hf_quantizer = None
-        del model.config.quantization_config
         if context.quantization.finish is not None:
             context.quantization.finish(model)
-        kinds = list(stored.values())
+        changed = [each for one in context.converters for each in one.source_patterns]
+        held, differing = weights.held(model, changed)
+        kinds = [tensor.kind for tensor in header.tensors.values()]
         return LoadedGguf(
             model=model.eval(),
             tokenizer=tokenizer,
             kinds={kind: kinds.count(kind) for kind in sorted(set(kinds))},
             checksums=checksums,
+            held=held,
+            differing=differing,
             sampled=loading.sample(model),
         )
 
@@ -132,13 +169,17 @@ class Gguf:
         changed = loading.changed(loaded.sampled, model)
         held = [*model.parameters(), *model.buffers()]
         devices = {tensor.device for tensor in held}
+        packed = session.built["quantize"].config is not None
         yield Receipt(
             slot="load",
-            claim="all of the file is in memory, unpacked",
+            claim="all of the file is in memory, unpacked"
+            + (", then packed as the recipe says" if packed else ""),
             evidence={
                 "class": type(model).__name__,
                 **{f"tensors in {kind}": count for kind, count in loaded.kinds.items()},
                 "parameters": model.num_parameters(),
+                "weights held against the file": loaded.held,
+                "of them with other values": checkpoint.some(loaded.differing) or 0,
                 "bytes": sum(tensor.numel() * tensor.element_size() for tensor in held),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": ", ".join(sorted(map(str, devices))),
@@ -147,84 +188,22 @@ class Gguf:
                 "files verified by checksum": loaded.checksums,
             },
             ok={device.type for device in devices} == {session.device.type}
-            and all(parameter.is_floating_point() for parameter in model.parameters())
-            and bool(loaded.kinds)
+            and (packed or all(each.is_floating_point() for each in model.parameters()))
+            and loaded.held > 0
+            and not loaded.differing
             and not model.training
             and not changed,
         )
 
-    def _verify_header(self, context: LoadContext, file: Path) -> dict[str, str]:
-        """Return the format of each tensor, once the file has proven to be config.json's model."""
-        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+    def _fetch(self, recipe: Recipe) -> Path:
+        """Return the folder of a hub model, with the file and what lies beside it."""
+        asked, parts = recipe.model, gguf_header.siblings(self.file)
+        model_folder.fetch(asked.path, asked.revision, model_folder.SMALL_FILES)
+        return model_folder.fetch(asked.path, asked.revision, [parts], subfolders=True)
 
-        load: Any = load_gguf_checkpoint  # which has no annotations
-        if not file.is_file():
-            raise RecipeError(f"{file} is not there", hint="load.file=FILE.gguf")
-        stored = {name: kind for name, (kind, _) in _read(file).items()}
-        try:
-            with loading.quiet():
-                says = load(str(file))["config"]
-        except Exception as error:
-            what = f"transformers cannot read {file.name}"
-            hint = "load=transformers, with the original checkpoint"
-            raise checkpoint.unusable(file.parent, error, what, hint) from error
-        text: Any = context.heads.config.get_text_config()
-        source: Any = context.config.get_text_config()
-        pooled = {"num_key_value_heads"} if context.heads.converters else set()
-        names = [name for name in _COMPARED if name in says and name not in pooled]
-        differing = [
-            f"{name} is {says[name]} in the file and {getattr(text, name)} in config.json"
-            for name in names
-            if getattr(source, name, says[name]) != says[name]
-        ]
-        if differing:
-            raise _other_model(file, "; ".join(differing))
-        return stored
-
-    def _verify_complete(self, model: PreTrainedModel, file: Path, stored: set[str]) -> None:
-        """Refuse tensors of the file for which transformers has no place: it leaves them out."""
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
-
-        model_type = model.config.get_text_config().model_type
-        processor: Any = TENSOR_PROCESSORS.get(model_type, TensorProcessor)
-        known = set(get_gguf_hf_weights_map(model, processor(config=model.config.to_dict())))
-        if lost := sorted(stored - known - set(_NO_WEIGHTS)):
-            raise _other_model(
-                file, f"no place in {type(model).__name__} for {checkpoint.some(lost)}"
-            )
-
-
-def _read(file: Path) -> dict[str, tuple[str, int]]:
-    """Return the format of each tensor of a file, and how many numbers it has."""
-    from gguf import GGUFReader
-
-    try:
-        tensors = GGUFReader(file).tensors
-        return {t.name: (t.tensor_type.name, int(t.n_elements)) for t in tensors}
-    except Exception as error:  # whatever a damaged file makes of offsets and counts
-        what = f"{file.name} is no whole GGUF file: {error}"
-        hint = "an interrupted download or copy? fetch it again"
-        problem = Problem(code="gguf", message=what, hint=hint, where=str(file))
-        raise CheckpointError(problem) from error
-
-
-def _other_model(file: Path, why: str) -> CheckpointError:
-    hint = "config.json is another model's: take that of the checkpoint that the file was made of"
-    return CheckpointError(Problem(code="gguf", message=why, hint=hint, where=str(file)))
-
-
-def _verify_finite(model: PreTrainedModel, file: Path) -> None:
-    import torch
-
-    ends = {name: torch.aminmax(p.detach()) for name, p in model.named_parameters() if p.numel()}
-    bad = [name for name, both in ends.items() if not all(torch.isfinite(end) for end in both)]
-    if bad:
-        message = f"tensors with values that are not finite: {checkpoint.some(bad)}"
-        hint = "the file is damaged, or made of a model whose training diverged"
-        raise CheckpointError(
-            Problem(code="not-finite", message=message, hint=hint, where=str(file))
-        )
+    def _verify(self, folder: Path) -> gguf_header.GgufHeader:
+        """Return the file's header, once it has proven to be of the config's model."""
+        header = gguf_header.read(folder / self.file)
+        shape = read_shape(gguf_config.described(header, folder).config)
+        gguf_compare.verify(header, shape, beside=(folder / "config.json").is_file())
+        return header

@@ -65,6 +65,12 @@ def test_a_file_is_not_a_folder(folder: Path) -> None:
     assert "is a file: give its folder" in message
 
 
+def test_parts_of_a_gguf_file_are_listed_by_the_first(folder: Path) -> None:
+    for name in ("b-00001-of-00002.gguf", "b-00002-of-00002.gguf", "a.gguf", "c.txt"):
+        (folder / name).touch()
+    assert model_folder.gguf_files(folder) == ["a.gguf", "b-00001-of-00002.gguf"]
+
+
 @pytest.mark.parametrize("path", ["", "a b", "org--x/name", "name.git", "n" * 97])
 @pytest.mark.parametrize("download", [False, True])
 def test_what_can_be_neither_folder_nor_hub_id(path: str, download: bool) -> None:

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import pytest
 
 from engine import hookimpl, recipe, verdict
-from engine.contexts import EstimateContext, ReshapeContext, Term
+from engine.contexts import ConfigureContext, EstimateContext, ModelConfig, ReshapeContext, Term
 from engine.errors import CheckpointError, DoesNotFit, PluginError, RecipeError
+from engine.loading import checkpoint
 from engine.recipe import Recipe
 from engine.rules import Rule
 from engine.shape import ModelShape
@@ -83,6 +84,46 @@ def test_what_a_model_lacks_is_not_known_before_its_config_is_here() -> None:
     made = recipe.compose("base", ["model.path=some-org/some-model"])
     made.attention = Ruled()
     assert verdict.check(made).ok
+
+
+@dataclass
+class Telling:
+    """Load from files that tell the config themselves."""
+
+    layers: int = 5
+
+    @hookimpl
+    def configure(self, context: ConfigureContext) -> ModelConfig:
+        """Change a number of config.json, and say so."""
+        config = checkpoint.read_config(context.folder) | {"num_hidden_layers": self.layers}
+        return ModelConfig(config=config, notes=["five it is"])
+
+
+def test_what_loads_may_say_what_the_config_is(model: ModelFolder) -> None:
+    made = _compose(model("llama"))
+    made.load = Telling()
+    found = verdict.check(made)
+    assert found.shape is not None
+    assert found.shape.layers == 5
+    assert found.notes[0] == "five it is"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Telling, "configure", hookimpl(lambda self, context: None))
+        told = verdict.check(made)
+    assert told.shape is not None
+    assert told.shape.layers == 2
+    made.attention = Telling()
+    with pytest.raises(PluginError, match="hook configure: only the plugin in the slot load may"):
+        verdict.check(made)
+
+
+@pytest.mark.parametrize("answer", [{"hidden_size": 3}, ModelConfig(config={}, notes="none")])
+def test_a_config_of_another_type_is_blamed(model: ModelFolder, answer: Any) -> None:
+    made = _compose(model("llama"))
+    made.load = Telling()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Telling, "configure", hookimpl(lambda self, context: answer))
+        with pytest.raises(PluginError, match="hook configure: gave"):
+            verdict.check(made)
 
 
 @dataclass

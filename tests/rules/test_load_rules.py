@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig
 
-from tests.gguf_files import write_gguf
 from tests.models import tiny_model
 from tests.plugins.helpers import IDS
 
@@ -60,14 +59,6 @@ def test_hooked_compiled(model: Model, tmp_path: Path) -> None:
     compiled: Any = torch.compile(placed, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"accelerate/hooks\.py"):
         compiled(IDS, use_cache=False)
-
-
-def test_gguf_packed(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
-    folder = tiny_model("llama", tmp_path)
-    file = write_gguf(folder, "F32")
-    with pytest.raises(ValueError, match="cannot combine Quantization"):
-        load(folder, gguf_file=file.name, quantization_config=packing(4))
 
 
 def test_convert_unsavable(model: Model, tmp_path: Path) -> None:
