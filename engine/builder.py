@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.attending.masks import never_skipped, with_bias
+from engine.caching.counting import count_tokens
 from engine.contexts import (
     Attention,
     AttentionContext,
@@ -22,7 +23,7 @@ from engine.contexts import (
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
 from engine.loading import checkpoint
 from engine.loading.common import give_back, quiet
-from engine.probe import failing_together
+from engine.probe import failing_together, verify_carrying
 from engine.recipe import Recipe
 from engine.session import Session
 from engine.target import Target
@@ -132,6 +133,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     session.config = session.model.config
     session.device = built["load"].device or session.device
     session.model.register_forward_pre_hook(_counter(session), with_kwargs=True)
+    count_tokens(session.model)
     hooks.prepare(PrepareContext(recipe=recipe, model=session.model))
     built["decode"] = hooks.decode(
         DecodeContext(
@@ -145,6 +147,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     progress("proving each choice")
     with failing_together(session), hooks.blaming(hooks.slot("task"), "task"):
         session.task.probe()
+        verify_carrying(session)
     session.collect_receipts()
     session.observe("built", recipe=recipe.name, digest=recipe.digest)
 

@@ -155,6 +155,8 @@ def answer_batch(
     if len({frequency_set(session.config, len(prompt) + wanted) for prompt in prompts}) > 1:
         # The longest text would set the rotary frequencies of all.
         return [answer_batch(session, [prompt])[0] for prompt in prompts]
+    if len(set(map(len, prompts))) > 1 and not session.carrying.padded:
+        return [answer_batch(session, [prompt])[0] for prompt in prompts]
     if cache is None:
         values, room = begin(session, longest, batch=len(prompts))
         cache = values.cache

@@ -28,6 +28,19 @@ from engine.rules import Rule
 from engine.shape import ModelShape, read_shape
 from engine.target import Target, resolve
 
+OWN_CACHE = Rule(
+    code="own-cache",
+    why="its code takes no cache of transformers: what it remembers of earlier tokens it keeps in "
+    "a form of its own, or in its modules, or not at all",
+    hint="cache=none, which sends all tokens again for each new one",
+    source="forward of its causal model in transformers, which takes neither past_key_values nor "
+    "cache_params, or never writes its states there",
+    seen="transformers 5.23.0, 2026-11-28",
+)
+
+HOPELESS = {"cache.static": ("model.own_cache", "model.own_layers", "model.bias_by_mask")}
+"""Trait → traits of models for which nothing can provide it: who needs it excludes these."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -158,6 +171,8 @@ def _unmet(hooks: Hooks, traits: Mapping[str, str], context: CheckContext) -> It
     for one in hooks.chosen:
         name = f"{one.slot}={one.choice}"
         for trait, why in getattr(one.plugin, "needs", {}).items():
+            if not traits.keys().isdisjoint(HOPELESS.get(trait, ())):
+                continue  # told as excluded
             if trait not in traits and _is_known(trait, context):
                 what = f"{name} needs {trait}, and nothing chosen provides it"
                 yield _refusal(one.slot, "trait-missing", what, why)
@@ -191,6 +206,24 @@ def _too_long(context: CheckContext) -> Iterable[Problem]:
             "and answer together",
             hint=f"workload.prompt_tokens={room}",
             code="prompt-too-long", where="workload",
+        )  # fmt: skip
+
+
+def _states_alone(context: CheckContext) -> Iterable[Problem]:
+    """Refuse caches and attention for a model whose code takes none, or computes none."""
+    choices, shape, traits = context.recipe.choices, context.shape, context.traits
+    if shape is None:
+        return
+    if "model.own_cache" in traits and "cache.none" not in traits:
+        yield OWN_CACHE.problem(
+            "cache", f"cache={choices.get('cache')} does not work with {shape.model_type}"
+        )
+    if "model.attention_free" in traits and "attention.unchanged" not in traits:
+        yield Problem(
+            message=f"attention={choices.get('attention')} has nothing to compute: "
+            f"{shape.model_type} has layers without attention only",
+            hint="attention=native",
+            code="attention-free", slot="attention",
         )  # fmt: skip
 
 
@@ -233,6 +266,7 @@ def _own(context: CheckContext) -> Iterable[Problem]:
                 hint=f"workload.{name}=1", code="value", where="workload",
             )  # fmt: skip
     yield from _too_long(context)
+    yield from _states_alone(context)
     if context.dtype == "bfloat16" and "target.bfloat16" not in target.traits:
         stored = ", in which the model is stored" if recipe.model.dtype.value == "auto" else ""
         yield Problem(
