@@ -166,6 +166,10 @@ def _read_config(recipe: Recipe, folder: Path) -> PretrainedConfig:
         raise checkpoint.unusable(folder, error, what) from error
     for part in (config, config.get_text_config()):
         part.return_dict = True  # how to answer is for the caller to say, who is the engine
+        if hasattr(part, "rescale_every"):
+            # RWKV would divide its weights in place, against overflow in float16, which the probe
+            # sees: then they are no more the checkpoint's, and cannot be saved.
+            part.rescale_every = 0
     # The attention implementation comes from the recipe, never from the checkpoint.
     config._attn_implementation_internal = None
     return config

@@ -49,7 +49,7 @@ class Family:
             "model.attention_interface": r"ALL_ATTENTION_FUNCTIONS\.get_interface\(",
             "model.rope": r"ROPE_INIT_FUNCTIONS",
             "model.alibi_by_mask": r"def build_alibi_tensor\(attention_mask",
-            "model.bias_by_mask": r"= past_key_values\.get_mask_sizes\(.*position_bias=position_bias",
+            "model.bias_by_mask": r"past_key_values\.get_mask_sizes\(.*position_bias=position_bias",
             "model.sinks": r"self\.sinks = ",
             "model.split_kv": r"self\.k_proj = .*self\.v_proj = ",
         }
@@ -58,6 +58,9 @@ class Family:
             for trait, sign in signs.items()
             if re.search(sign, self.model_code, re.MULTILINE | re.DOTALL)
         }
+        # Attention from outside knows neither a model's own biases nor keys beside the cache's.
+        if re.search(r"^    _layer_type = |position_bias=position_bias", self.model_code, re.M):
+            found.discard("model.attention_interface")
         found |= {"model.kv_heads"} if "num_key_value_heads" in self.fields else set()
         # Phi-3 and its kin read yarn as another word for longrope.
         found |= {"model.longrope"} if 'in ["su", "yarn"]' in self.config_code else set()

@@ -100,6 +100,8 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
         problems += hooks.check(context)
     except CheckpointError as error:  # whether the weights are needed, and fit, `load` knows
         broken = [*broken, *error.problems]
+    ruled_out = {problem.slot: problem for problem in _ruled_out(context)}
+    problems = [*ruled_out.values(), *(one for one in problems if one.slot not in ruled_out)]
     pricer = None
     if reshaped is not None:
         try:
@@ -209,8 +211,11 @@ def _too_long(context: CheckContext) -> Iterable[Problem]:
         )  # fmt: skip
 
 
-def _states_alone(context: CheckContext) -> Iterable[Problem]:
-    """Refuse caches and attention for a model whose code takes none, or computes none."""
+def _ruled_out(context: CheckContext) -> Iterable[Problem]:
+    """Refuse any cache, or any attention, for a model whose code has no use for one.
+
+    What else is wrong with such a choice does not matter, nor what would mend it.
+    """
     choices, shape, traits = context.recipe.choices, context.shape, context.traits
     if shape is None:
         return
@@ -266,7 +271,6 @@ def _own(context: CheckContext) -> Iterable[Problem]:
                 hint=f"workload.{name}=1", code="value", where="workload",
             )  # fmt: skip
     yield from _too_long(context)
-    yield from _states_alone(context)
     if context.dtype == "bfloat16" and "target.bfloat16" not in target.traits:
         stored = ", in which the model is stored" if recipe.model.dtype.value == "auto" else ""
         yield Problem(

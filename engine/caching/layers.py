@@ -160,7 +160,7 @@ def cache_of(config: PretrainedConfig, make: Callable[[], Layer]) -> Cache:
 def refuse_without_full(context: CheckContext, choice: str, would: str) -> Iterator[Problem]:
     """Refuse a model none of whose layers keep every token: the choice would do nothing."""
     shape = context.shape
-    if shape is None or FULL in shape.layer_types or "model.own_cache" in shape.traits:
+    if shape is None or FULL in shape.layer_types:
         return
     kinds = ", ".join(sorted(set(shape.layer_types)))
     yield Problem(

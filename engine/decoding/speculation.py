@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from engine.caching.carrying import LEAST, MOST, lost, rounded, run_of
+from engine.caching.carrying import lost_for_sure, run_of, tolerated
 from engine.caching.continuing import common
 from engine.contexts import CheckContext, Generation, Receipt
 from engine.decoding.loop import Tally, TokenDecoder, picker, rehearsal
@@ -213,7 +213,7 @@ class SpeculativeDecoder(TokenDecoder):
         # In fewer bits a pass over several tokens rounds otherwise than one by one.
         rounds = {"weights.packed", "cache.quantized"} & session.traits
         exact = session.model.dtype.itemsize >= 4 and not rounds
-        clean = proof.left < (LEAST if exact else MOST) or "cache.quantized" in session.traits
+        clean = proof.left < tolerated(session) or "cache.quantized" in session.traits
         return Receipt(
             slot="decode",
             claim=claim,
@@ -344,4 +344,4 @@ def _left(session: Session, ids: torch.Tensor, cache: Cache | None) -> float:
             run_of(session, each, held).forward()[:, -1]
             for each, held in ((ids, cache), (ids, None), (ids[:, -1:], None))
         )
-    return 0.0 if rounded(session, found, right) else lost(found, right, without)
+    return lost_for_sure(session, found, right, without)

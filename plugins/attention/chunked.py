@@ -50,7 +50,7 @@ class Chunked:
     query_block: int = 256
     key_block: int = 1024
     provides: ClassVar[tuple[str, ...]] = ("attention.bias", "attention.scores")
-    needs: ClassVar[dict[str, str]] = {"model.attention_interface": "attention=eager"}
+    needs: ClassVar[dict[str, str]] = {"model.attention_interface": "attention=native"}
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:

@@ -57,7 +57,7 @@ class Offloaded:
         kinds = set() if context.shape is None else set(context.shape.layer_types)
         if beside := sorted(kinds & RECURRENT - WITHOUT_KEYS):
             yield BESIDE.problem("cache", f"cache=offloaded does not work with {', '.join(beside)}")
-        if "model.attention_free" in context.traits and "model.own_cache" not in context.traits:
+        if "model.attention_free" in context.traits:
             yield Problem(
                 slot="cache",
                 code="does-nothing",

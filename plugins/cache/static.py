@@ -53,7 +53,7 @@ class Static:
         """Refuse lengths that are none, or beyond the model's context, and unknown layers."""
         yield from refuse_other_layers(context, "static", USUAL)
         limit = context.reshaped.max_positions if context.reshaped else None
-        if self.max_tokens is None or "model.own_cache" in context.traits:
+        if self.max_tokens is None:
             return
         if "model.attention_free" in context.traits:
             yield Problem(

@@ -167,7 +167,7 @@ class CompiledDecoder(TokenDecoder):
                 found = model(**inputs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeFailure(
-                f"the step of {type(model).__name__} cannot be compiled: {str(error):.300}",
+                f"the step of {type(model).__name__} cannot be compiled: {error!s:.300}",
                 hint="decode=generate",
             ) from error
         finally:
