@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.attending.registering import register
+from engine.caching.counting import count_tokens
 from engine.contexts import (
     AttentionContext,
     ConfigureContext,
@@ -22,7 +23,7 @@ from engine.decoding.stop_strings import never_produced
 from engine.errors import CheckpointError, EngineError
 from engine.loading import checkpoint
 from engine.loading.common import give_back, quiet
-from engine.probe import failing_together
+from engine.probe import failing_together, verify_carrying
 from engine.recipe import Recipe
 from engine.session import Session
 from engine.target import HERE, Target
@@ -133,6 +134,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     session.config = session.model.config
     session.device = built["load"].device or session.device
     session.model.register_forward_pre_hook(_counter(session), with_kwargs=True)
+    count_tokens(session.model)
     hooks.prepare(PrepareContext(recipe=recipe, model=session.model, notes=session.notes))
     built["decode"] = hooks.decode(
         DecodeContext(
@@ -151,6 +153,7 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     progress("proving each choice")
     with failing_together(session), hooks.blaming(hooks.slot("task"), "task"):
         session.task.probe()
+        verify_carrying(session)
     session.collect_receipts()
     session.observe("built", recipe=recipe.name, digest=recipe.digest)
 
@@ -174,6 +177,10 @@ def _read_config(recipe: Recipe, folder: Path, told: ModelConfig | None) -> Pret
         raise checkpoint.unusable(folder, error, what) from error
     for part in (config, config.get_text_config()):
         part.return_dict = True  # how to answer is for the caller to say, who is the engine
+        if hasattr(part, "rescale_every"):
+            # RWKV would divide its weights in place, against overflow in float16, which the probe
+            # sees: then they are no more the checkpoint's, and cannot be saved.
+            part.rescale_every = 0
     # The attention implementation comes from the recipe, never from the checkpoint.
     config._attn_implementation_internal = None
     return config

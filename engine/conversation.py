@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.caching import cache_file, fingerprint
+from engine.caching.carrying import ONE_BY_ONE
 from engine.caching.continuing import common, cut, held_at_most, room_needed, tokens_held
 from engine.contexts import KeyValues, Receipt
 from engine.encoding import encode
@@ -209,6 +210,8 @@ class Conversation:
             return None, ""
         if "decode.beam" in self._session.traits:
             return self._anew(needed, "beams leave a cache of their own")
+        if not self._session.carrying.in_pieces:
+            return self._anew(needed, ONE_BY_ONE)
         if self._frequencies_change(len(ids)):
             return self._anew(needed, "the frequencies of its positions change with its length")
         held = held_at_most(self._session, self._values)
@@ -221,8 +224,10 @@ class Conversation:
         same = min(tokens_held(cache), common(self._ids, ids), len(ids) - 1)
         if cut(self._session, cache, same):
             return cache, "" if tokens_held(cache) else "nothing of it was kept before"
-        choice = self._session.recipe.choices.get("cache")
-        return self._anew(needed, f"earlier text changed, and cache={choice} cannot be cut back")
+        what = f"cache={self._session.recipe.choices.get('cache')}"
+        if "model.uncroppable" in self._session.traits:
+            what = "the state of the model's layers"
+        return self._anew(needed, f"earlier text changed, and {what} cannot be cut back")
 
     def _anew(self, needed: int, why: str) -> tuple[Cache | None, str]:
         self._values = self._allocate(max(needed, FIRST_CACHE_TOKENS))

@@ -26,6 +26,18 @@ class Family:
     """Source of its config files."""
     model_code: str = ""
     """Source of its modeling files."""
+    takes_cache: bool = True
+    """Whether its causal model can be given a cache of transformers, by either of its two names."""
+
+    @property
+    def stateful(self) -> bool:
+        """Tell whether its code says that generation cannot take tokens back."""
+        return bool(re.search(r"^    _is_stateful = True", self.model_code, re.MULTILINE))
+
+    @property
+    def cached_states(self) -> frozenset[str]:
+        """Return the kinds of states that its layers write into a cache: 'conv', 'recurrent'."""
+        return frozenset(re.findall(r"\.update_(conv|recurrent)_state\(", self.model_code))
 
     @property
     def traits(self) -> frozenset[str]:
@@ -37,6 +49,7 @@ class Family:
             "model.attention_interface": r"ALL_ATTENTION_FUNCTIONS\.get_interface\(",
             "model.rope": r"ROPE_INIT_FUNCTIONS",
             "model.alibi_by_mask": r"def build_alibi_tensor\(attention_mask",
+            "model.bias_by_mask": r"past_key_values\.get_mask_sizes\(.*position_bias=position_bias",
             "model.sinks": r"self\.sinks = ",
             "model.split_kv": r"self\.k_proj = .*self\.v_proj = ",
         }
@@ -45,6 +58,9 @@ class Family:
             for trait, sign in signs.items()
             if re.search(sign, self.model_code, re.MULTILINE | re.DOTALL)
         }
+        # Attention from outside knows neither a model's own biases nor keys beside the cache's.
+        if re.search(r"^    _layer_type = |position_bias=position_bias", self.model_code, re.M):
+            found.discard("model.attention_interface")
         found |= {"model.kv_heads"} if "num_key_value_heads" in self.fields else set()
         # Phi-3 and its kin read yarn as another word for longrope.
         found |= {"model.longrope"} if 'in ["su", "yarn"]' in self.config_code else set()
@@ -59,12 +75,26 @@ def family(model_type: str) -> Family:
         kind = sources.config_class(model_type)
         model_files = sorted(home.glob("modeling_*.py"))
         config_files = sorted(home.glob("configuration_*.py"))
+        model_code = "\n".join(path.read_text("utf-8") for path in model_files)
+        causal = sources.table("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES").get(model_type, ())
         return Family(
             known=True,
-            causal=model_type in sources.table("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+            causal=bool(causal),
             fields=frozenset(kind.__dataclass_fields__) | frozenset(kind.attribute_map),
             config_code="\n".join(path.read_text("utf-8") for path in config_files),
-            model_code="\n".join(path.read_text("utf-8") for path in model_files),
+            model_code=model_code,
+            takes_cache=all(_takes_cache(model_code, name) for name in _names(causal)),
         )
     except (OSError, LookupError):
         return Family()
+
+
+def _names(classes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (classes,) if isinstance(classes, str) else classes
+
+
+def _takes_cache(code: str, name: str) -> bool:
+    """Tell whether the forward of a class takes a cache; what is not found is taken to."""
+    body = re.search(rf"^class {name}\((.*?)(?=^class |\Z)", code, re.MULTILINE | re.DOTALL)
+    takes = body and re.search(r"^    def forward\((.*?)\)(?: ->.*?)?:$", body[1], re.M | re.S)
+    return takes is None or bool(re.search(r"\b(past_key_values|cache_params):", takes[1]))

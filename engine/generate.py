@@ -167,6 +167,8 @@ def answer_batch(
     if len({frequency_set(session.config, len(prompt) + wanted) for prompt in prompts}) > 1:
         # The longest text would set the rotary frequencies of all.
         return [answer_batch(session, [text])[0] for text in texts]
+    if len(set(map(len, prompts))) > 1 and not session.carrying.padded:
+        return [answer_batch(session, [text])[0] for text in texts]
     if cache is None:
         values, room = begin(session, longest, batch=len(prompts))
         cache = values.cache

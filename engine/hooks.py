@@ -134,10 +134,12 @@ class Hooks(Calls):
         """Ask for the place of keys and values."""
         from transformers import Cache
 
+        from engine.caching.counting import make_countable
         from engine.contexts import KeyValues
 
         values = self._provide("cache", context, KeyValues, cache=Cache | None)
         if values.cache is not None:
+            make_countable(values.cache)
             one = self.slot("cache")
             with self.blaming(one, "cache"):
                 held = int(values.cache.get_seq_length())

@@ -35,8 +35,13 @@ State traits, never names of choices: then plugins that do not know each other c
     model.longrope              it reads 'yarn' as longrope (Phi-3 and kin)
     model.rope_varies           its rotary frequencies depend on the length of the text
     model.split_kv, .kv_heads   projections of keys and values apart; their heads can be fewer
-    model.latent_kv, .sliding, .recurrent, .moe, .softcap, .sinks     MLA; windows; layers that
-                                keep a state; experts; capped scores; learned sinks
+    model.latent_kv, .sliding, .moe, .softcap, .sinks     MLA; windows; experts; capped scores;
+                                learned sinks
+    model.recurrent, .uncroppable     layers keep a state, which tokens cannot be taken out of
+    model.attention_free        no layer attends, nor keeps keys
+    model.own_cache, .own_layers      it takes no cache of transformers; it has layers in one of
+                                types that only its own code knows
+    model.bias_by_mask          it makes biases for as many keys as its masks have (Inkling)
     weights.packed, .unsavable  the weights are no plain numbers any more; nor can they be saved
     weights.by_pass             how a token is rounded depends on all tokens of the pass
     quantize.reads.*            it has a quantizer for checkpoints of this `quant_method`

@@ -90,6 +90,26 @@ def probe_model(session: Session) -> Probe:
     return found
 
 
+def verify_carrying(session: Session) -> None:
+    """Have tokens that come one by one give what they give together, where code may lose a state.
+
+    Raises:
+        RuntimeFailure: when they do not, or another conversation gets in.
+    """
+    if not session.carrying.by_steps:
+        share = session.carrying.lost_by_steps
+        raise RuntimeFailure(
+            Problem(
+                message=f"the code of {session.shape.model_type} does not go on from this cache: "
+                f"of what earlier tokens do to the next, {share:.0%} is lost or another "
+                "conversation's",
+                hint="cache=none, which sends all tokens again for each new one",
+                code="state-lost",
+                slot="cache",
+            )
+        )
+
+
 @contextmanager
 def failing_together(session: Session) -> Iterator[None]:
     """Take the blame from the task for what fails inside of the model: it only called it.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from engine.caching.carrying import Carrying
     from engine.hooks import Hooks
     from engine.recipe import Recipe
     from engine.shape import ModelShape
@@ -107,6 +108,13 @@ class Session:
     def embedding_rows(self) -> int:
         """Return how many token ids the model has embeddings for."""
         return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+
+    @cached_property
+    def carrying(self) -> Carrying:
+        """Return what the model's code makes of a past that a cache gives back, once measured."""
+        from engine.caching.carrying import Carrying
+
+        return Carrying(self)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:

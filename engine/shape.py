@@ -45,13 +45,19 @@ UP_TO = frozenset({"llama3", "longrope", "su"})
 TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
 """Where a config of several parts keeps the language model."""
 
-WITHOUT_KEYS = frozenset({"linear_attention", "conv", "recurrent", "dummy", "moe", "mlp"})
+WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "recurrent", "moe", "mlp"})
+"""Layer types that attend to no keys."""
+
+WITHOUT_KEYS = WITHOUT_ATTENTION | {"dummy"}
 """Layer types that keep no keys and values per token."""
 
-RECURRENT = frozenset({"linear_attention", "conv", "recurrent"})
-"""Layer types that keep a state: it cannot be cut back, and padding would enter it."""
+RECURRENT = frozenset({"linear_attention", "conv", "recurrent", "hybrid", "hybrid_sliding"})
+"""Layer types that keep a state, in place of keys and values or beside them."""
 
 WINDOWED = frozenset({"sliding_attention", "chunked_attention", "hybrid_sliding"})
+
+USUAL = RECURRENT | WINDOWED | WITHOUT_KEYS | {"full_attention", "indexed_attention"}
+"""Layer types that transformers' caches know by themselves; others are a family's own."""
 
 UNQUANTIZED = re.compile(r"embed|\.wte\.|\.wpe\.|lm_head|output_layer|experts|norm|ln_|vision")
 """What is no linear layer, or the last one, in models whose code is not known."""
@@ -518,8 +524,7 @@ class _Reader:
             yield f"model.{position}"
         if position == "learned":
             yield "model.learned_positions"
-        if RECURRENT.intersection(layer_types):
-            yield "model.recurrent"
+        yield from self.traits_of_states(set(layer_types))
         if self.get("num_experts", "num_local_experts", "n_routed_experts"):
             yield "model.moe"
         if WINDOWED.intersection(layer_types):
@@ -538,6 +543,23 @@ class _Reader:
             yield "model.key_bias"
         if _split(names) if tensors else "model.split_kv" in code:
             yield "model.split_kv"
+
+    def traits_of_states(self, kinds: set[str]) -> Iterator[str]:
+        """Yield what plugins must know of layers that keep a state, or nothing but that."""
+        family = self.family
+        states = kinds & RECURRENT
+        if states or (family.stateful and kinds - USUAL):
+            yield "model.recurrent"
+            # Convolutions can record their past until it is known what to cut off again.
+            convolves = family.cached_states == {"conv"} if family.known else states == {"conv"}
+            if family.stateful or not convolves:
+                yield "model.uncroppable"
+        if not family.takes_cache or (family.known and states and not family.cached_states):
+            yield "model.own_cache"
+        if family.known and kinds - USUAL:
+            yield "model.own_layers"
+        if kinds and kinds <= WITHOUT_ATTENTION:
+            yield "model.attention_free"
 
 
 def _as_stored(tensors: Mapping[str, TensorSize]) -> Iterator[Weight]:

@@ -29,6 +29,19 @@ from engine.rules import Rule
 from engine.shape import ModelShape, read_shape
 from engine.target import Target, resolve
 
+OWN_CACHE = Rule(
+    code="own-cache",
+    why="its code takes no cache of transformers: what it remembers of earlier tokens it keeps in "
+    "a form of its own, or in its modules, or not at all",
+    hint="cache=none, which sends all tokens again for each new one",
+    source="forward of its causal model in transformers, which takes neither past_key_values nor "
+    "cache_params, or never writes its states there",
+    seen="transformers 5.23.0, 2026-11-28",
+)
+
+HOPELESS = {"cache.static": ("model.own_cache", "model.own_layers", "model.bias_by_mask")}
+"""Trait → traits of models for which nothing can provide it: who needs it excludes these."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -103,6 +116,8 @@ def judge(recipe: Recipe, *, target: Target | None = None) -> Verdict:
         problems += hooks.check(context)
     except CheckpointError as error:  # whether the weights are needed, and fit, `load` knows
         broken = [*broken, *error.problems]
+    ruled_out = {problem.slot: problem for problem in _ruled_out(context)}
+    problems = [*ruled_out.values(), *(one for one in problems if one.slot not in ruled_out)]
     pricer = None
     if reshaped is not None:
         try:
@@ -180,6 +195,8 @@ def _unmet(hooks: Hooks, traits: Mapping[str, str], context: CheckContext) -> It
     for one in hooks.chosen:
         name = f"{one.slot}={one.choice}"
         for trait, why in getattr(one.plugin, "needs", {}).items():
+            if not traits.keys().isdisjoint(HOPELESS.get(trait, ())):
+                continue  # told as excluded
             if trait not in traits and _is_known(trait, context):
                 what = f"{name} needs {trait}, and nothing chosen provides it"
                 yield _refusal(one.slot, "trait-missing", what, why)
@@ -220,6 +237,27 @@ def _too_long(context: CheckContext) -> Iterable[Problem]:
             "and answer together",
             hint=f"workload.prompt_tokens={room}",
             code="prompt-too-long", where="workload",
+        )  # fmt: skip
+
+
+def _ruled_out(context: CheckContext) -> Iterable[Problem]:
+    """Refuse any cache, or any attention, for a model whose code has no use for one.
+
+    What else is wrong with such a choice does not matter, nor what would mend it.
+    """
+    choices, shape, traits = context.recipe.choices, context.shape, context.traits
+    if shape is None:
+        return
+    if "model.own_cache" in traits and "cache.none" not in traits:
+        yield OWN_CACHE.problem(
+            "cache", f"cache={choices.get('cache')} does not work with {shape.model_type}"
+        )
+    if "model.attention_free" in traits and "attention.unchanged" not in traits:
+        yield Problem(
+            message=f"attention={choices.get('attention')} has nothing to compute: "
+            f"{shape.model_type} has layers without attention only",
+            hint="attention=native",
+            code="attention-free", slot="attention",
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from engine.contexts import EstimateContext, Term
-from engine.shape import WINDOWED, WITHOUT_KEYS
+from engine.shape import WINDOWED, WITHOUT_ATTENTION
 
 if TYPE_CHECKING:
     from engine.shape import ModelShape
@@ -174,7 +174,7 @@ def _keys(context: EstimateContext, window: int | None) -> list[int]:
     return [
         min(met, own) if kind in WINDOWED else met
         for kind in shape.layer_types
-        if kind not in WITHOUT_KEYS or kind == "dummy"
+        if kind not in WITHOUT_ATTENTION
     ]
 
 

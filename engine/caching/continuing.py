@@ -30,8 +30,9 @@ def cut(session: Session, cache: Cache, keep: int) -> bool:
     held = tokens_held(cache)
     if keep == held:
         return True
-    # Some layers of transformers say that they can be cut, and cannot: the plugin knows.
-    if "cache.croppable" not in session.traits or not cache.is_croppable:
+    # Some layers of transformers say that they can be cut, and cannot: plugin and model know.
+    traits = session.traits
+    if "cache.croppable" not in traits or "model.uncroppable" in traits or not cache.is_croppable:
         return False
     try:
         cache.crop(keep - held)

@@ -13,7 +13,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from engine.attending.scores import true_positions
-from engine.caching.layers import FULL, Layer, layers_kept, refuse_without_full, rehearse
+from engine.caching.layers import (
+    FULL,
+    Layer,
+    layers_kept,
+    refuse_other_layers,
+    refuse_without_full,
+    rehearse,
+)
 from engine.contexts import CheckContext, EstimateContext, Receipt
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
@@ -312,17 +319,8 @@ def refuse(context: CheckContext, choice: str, window: int) -> Iterator[Problem]
             message=f"cache.window={window} tokens are too few: {why}",
             hint=f"cache.window={max(own, 1024)}",
         )
-    other = sorted(set(shape.layer_types) - OWN_MASKS) if shape else []
-    if shape and other:
-        yield Problem(
-            slot="cache",
-            code="cache-unsupported",
-            message=f"cache={choice} does not run {shape.model_type}: its layers of type "
-            f"{', '.join(other)} keep keys in a way of their own",
-            hint="cache=dynamic",
-        )
-        return
-    yield from refuse_without_full(context, choice, "forgets in")
+    other = list(refuse_other_layers(context, choice, OWN_MASKS))
+    yield from other or refuse_without_full(context, choice, "forgets in")
 
 
 def evicted_bytes(context: EstimateContext, layer: EvictingLayer) -> int:

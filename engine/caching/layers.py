@@ -115,6 +115,19 @@ class Layer:
         }
 
 
+class TokenCount(Layer):
+    """Count the tokens of a cache that holds none of them, but what a state keeps of all."""
+
+    @property
+    def held(self) -> int:
+        """Return 0: there are neither keys nor values."""
+        return 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Count the last tokens no more."""
+        self.seen -= abs(tokens_to_remove)
+
+
 def rehearse(layer: Layer, tokens: int) -> Layer:
     """Return a copy of a layer in use, after `tokens` more of nothing but zeros."""
     trial = copy.deepcopy(layer)
@@ -153,10 +166,26 @@ def refuse_without_full(context: CheckContext, choice: str, would: str) -> Itera
     yield Problem(
         slot="cache",
         code="does-nothing",
-        message=f"cache={choice} {would} the layers that keep every token, and {shape.model_type} "
-        f"has none: its layers are {kinds}",
+        message=f"cache={choice} {would} the layers that keep every token and nothing else, and "
+        f"{shape.model_type} has none: its layers are {kinds}",
         hint="cache=dynamic",
     )
+
+
+def refuse_other_layers(
+    context: CheckContext, choice: str, known: frozenset[str]
+) -> Iterator[Problem]:
+    """Refuse a model with layers of types that a choice does not know."""
+    shape = context.shape
+    other = sorted(set(shape.layer_types) - known) if shape else []
+    if shape and other:
+        yield Problem(
+            slot="cache",
+            code="cache-unsupported",
+            message=f"cache={choice} does not run {shape.model_type}: its layers of type "
+            f"{', '.join(other)} keep keys in a way of their own",
+            hint="cache=dynamic",
+        )
 
 
 def layers_kept(
@@ -215,7 +244,7 @@ def unpacking(context: EstimateContext, kept: int) -> Iterator[Term]:
 
 def measure(cache: Cache | None) -> dict[str, str | int]:
     """Return what a cache holds, as evidence: counted in its tensors."""
-    layers = list(getattr(cache, "layers", []))
+    layers = [one for one in getattr(cache, "layers", []) if not isinstance(one, TokenCount)]
     ours = [layer for layer in layers if isinstance(layer, Layer)]
     theirs = [
         tensor
@@ -224,6 +253,7 @@ def measure(cache: Cache | None) -> dict[str, str | int]:
         if tensor is not None
     ]
     size = sum(tensor.numel() * tensor.element_size() for tensor in theirs)
+    states = sum(_state_bytes(layer) for layer in layers if not isinstance(layer, Layer))
     seen = int(cache.get_seq_length()) if cache is not None else 0
     lengths = [layer.held for layer in ours] or [min(seen, each.shape[-2]) for each in theirs[-2:]]
     return {
@@ -232,9 +262,43 @@ def measure(cache: Cache | None) -> dict[str, str | int]:
         "kind of layer": ", ".join(sorted({type(layer).__name__ for layer in layers})),
         "bytes": size + sum(layer.nbytes for layer in ours),
         "bytes if unquantized": size + sum(layer.plain_bytes for layer in ours),
+        **({"bytes of states": states} if states else {}),
         "tokens held": max(lengths, default=0),
         "tokens seen": seen,
     }
+
+
+def _state_bytes(layer: Any) -> int:
+    """Return the bytes that a layer of transformers keeps in dicts: its states, by their number."""
+    from torch import Tensor
+
+    held = [kept for kept in vars(layer).values() if isinstance(kept, dict)]
+    return sum(
+        state.numel() * state.element_size()
+        for states in held
+        for state in states.values()
+        if isinstance(state, Tensor)
+    )
+
+
+def prove_states(session: Session, kind: type[Cache]) -> Receipt:
+    """Show that states are kept where there are no keys, and that steps go on from them."""
+    kept, passes = session.probe.kept, session.probe.tokens
+    carrying = session.carrying
+    return Receipt(
+        slot="cache",
+        claim="states are kept, of one size however long the text, and tokens go on from them",
+        evidence={
+            **kept,
+            "tokens per forward pass": ", ".join(map(str, passes)),
+            "lost of the past, token by token": round(carrying.lost_by_steps, 6),
+        },
+        ok=type(session.probe.cache) is kind
+        and int(kept.get("bytes of states", 0)) > 0
+        and passes[-1] == 1
+        and kept["tokens seen"] == kept["tokens sent"]
+        and carrying.by_steps,
+    )
 
 
 def prove_packed(

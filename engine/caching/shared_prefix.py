@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from engine.caching.carrying import ONE_BY_ONE
 from engine.caching.continuing import common, cut, held_at_most, room_needed, tokens_held
 from engine.generate import check_prompt, room_for
 from engine.positions.rotary import frequency_set
@@ -50,6 +51,8 @@ class SharedPrefix:
         self.saved = 0
         """Tokens that did not go through the model, for they were in a copy."""
         self.refused = next((why for each, why in UNSHARED.items() if each in session.traits), "")
+        if not self.refused and not session.carrying.in_pieces:
+            self.refused = ONE_BY_ONE
         """Why nothing is shared; '' where it is."""
 
     def __len__(self) -> int:

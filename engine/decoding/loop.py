@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+from engine.caching.counting import cache_argument
 from engine.contexts import DecodeContext, Generation, Step
 from engine.decoding.stop_strings import StoppingText
 from engine.errors import RuntimeFailure
@@ -52,13 +53,14 @@ class Run:
         """What answers steps of one token; the prompt always goes to the model itself."""
         self._kwargs = kwargs
         self._first = True
+        self._cache_argument = cache_argument(model)
         held = 0 if self.cache is None else int(self.cache.get_seq_length())
         self._lacking = None if self.cache is None else ids.shape[1] - held
 
     @property
     def cache(self) -> Cache | None:
         """Return the cache that was given."""
-        found: Cache | None = self._kwargs.get("past_key_values")
+        found: Cache | None = self._kwargs.get(self._cache_argument)
         return found
 
     def forward(self, drafts: torch.Tensor | None = None) -> torch.Tensor:
@@ -81,10 +83,10 @@ class Run:
             is_first_iteration=self._first,
             **kwargs,
         )
-        if self.cache is not None and inputs.get("past_key_values") is not self.cache:
+        if self.cache is not None and inputs.get(self._cache_argument) is not self.cache:
             # Phi-3 lets go of its cache when its frequencies change: the keys in it, that is.
             empty(self.cache)
-            inputs["past_key_values"] = self.cache
+            inputs[self._cache_argument] = self.cache
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 1 + more
         if self._first:
@@ -152,7 +154,7 @@ def generate(
 ) -> Any:
     """Call generate() with `settings` alone: it fills what is unset from the model's own."""
     if cache is not None:
-        options["past_key_values"] = cache
+        options[cache_argument(model)] = cache
     own = model.generation_config
     model.generation_config = settings
     try:

@@ -14,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from engine.caching.carrying import lost_for_sure, run_of, tolerated
 from engine.caching.continuing import common
 from engine.contexts import CheckContext, Generation, Receipt
 from engine.decoding.loop import Tally, TokenDecoder, picker, rehearsal
@@ -76,8 +77,6 @@ EXCLUDES = {
     "position.varies": LONGROPE,
     "weights.by_pass": BY_PASS,
 }
-UNCROPPABLE = frozenset({"linear_attention", "recurrent"})
-"""Layer types with a state that cannot be cut back; convolutions record their past, and can."""
 
 
 def refusals(context: CheckContext, num_draft_tokens: int) -> Iterator[Problem]:
@@ -109,7 +108,7 @@ def refusals(context: CheckContext, num_draft_tokens: int) -> Iterator[Problem]:
 
 def croppable(shape: ModelShape) -> bool:
     """Tell whether all layers can forget their last tokens."""
-    return not UNCROPPABLE.intersection(shape.layer_types)
+    return "model.uncroppable" not in shape.traits
 
 
 @dataclass
@@ -127,6 +126,8 @@ class Proof:
     """Tokens that decoding one by one gave as well, from the first on."""
     guessed: int
     """Drafts that were its own: where it had none, the proof has put some, the last one wrong."""
+    left: float
+    """What rejected drafts have left in the cache: 0 is nothing, 1 as much as all of the text."""
 
 
 class SpeculativeDecoder(TokenDecoder):
@@ -212,6 +213,7 @@ class SpeculativeDecoder(TokenDecoder):
         # In fewer bits a pass over several tokens rounds otherwise than one by one.
         rounds = {"weights.packed", "cache.quantized"} & session.traits
         exact = session.model.dtype.itemsize >= 4 and not rounds
+        clean = proof.left < tolerated(session) or "cache.quantized" in session.traits
         return Receipt(
             slot="decode",
             claim=claim,
@@ -224,11 +226,13 @@ class SpeculativeDecoder(TokenDecoder):
                 "tokens left in the cache": "no cache" if proof.held is None else proof.held,
                 "tokens sent and kept": proof.sent,
                 "equal to one by one": proof.equal,
+                "left of rejected drafts": round(proof.left, 6),
                 **more,
             },
             ok=drafted > 0
             and proof.passes + accepted >= proof.tokens > 0
             and proof.held in (None, proof.sent)
+            and clean
             and (proof.equal == proof.tokens or not exact),
         )
 
@@ -313,6 +317,7 @@ def _proof(decoder: SpeculativeDecoder, session: Session) -> Proof:
         counter.remove()
     same = common(found, plain)
     cache: Any = speculative.cache
+    ids = torch.cat([speculative.input_ids, speculative.input_ids.new_tensor([found])], dim=-1)
     return Proof(
         tokens=len(found),
         passes=len(passes),
@@ -321,4 +326,22 @@ def _proof(decoder: SpeculativeDecoder, session: Session) -> Proof:
         sent=prompt + len(found) - 1,
         equal=same if len(found) == len(plain) else min(same, len(found) - 1),
         guessed=sum(guessed),
+        left=_left(session, ids, cache),
     )
+
+
+def _left(session: Session, ids: torch.Tensor, cache: Cache | None) -> float:
+    """Return how far a cache in which drafts were rejected is from the text without them.
+
+    Its tokens may be the same by luck; what it makes of the next one is not.
+    """
+    import torch
+
+    if cache is None:
+        return 0.0
+    with torch.no_grad():
+        found, right, without = (
+            run_of(session, each, held).forward()[:, -1]
+            for each, held in ((ids, cache), (ids, None), (ids[:, -1:], None))
+        )
+    return lost_for_sure(session, found, right, without)

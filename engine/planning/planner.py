@@ -13,7 +13,7 @@ from engine.loading.model_folder import is_local
 from engine.planning.passes import Pass, Pricer
 from engine.planning.speed import FIXES
 from engine.recipe import Recipe
-from engine.shape import RECURRENT, ModelShape
+from engine.shape import RECURRENT, USUAL, ModelShape
 from engine.target import Target
 from engine.verdict import Verdict, check
 
@@ -162,9 +162,7 @@ class Plan:
     def _notes(self) -> Iterator[str]:
         if self.recipe.model.note:
             yield f"{self.recipe.model.path} is planned {self.recipe.model.note}"
-        states = sum(kind in RECURRENT for kind in self.shape.layer_types)
-        if states:
-            yield f"the states of {states} layers without keys and values are not counted"
+        yield from _states(self.shape)
         left, packed = (self.token.held.get(name, 0) for name in ("weights", "packed weights"))
         if packed and left > FEW * packed:
             yield (
@@ -220,6 +218,18 @@ class Plan:
             "problems": [problem.as_dict() for problem in self.verdict.problems],
             "notes": self.notes,
         }
+
+
+def _states(shape: ModelShape) -> Iterator[str]:
+    """Say which layers keep what is not counted, because families keep it in sizes of their own."""
+    states = sum(kind in RECURRENT for kind in shape.layer_types)
+    if states:
+        yield f"the states of {states} layers are not counted; they do not grow with the text"
+    if own := sorted(set(shape.layer_types) - USUAL):
+        yield (
+            f"layers of type {', '.join(own)} keep keys in a way of their own: keys and values of "
+            "every token are counted instead"
+        )
 
 
 def plan(recipe: Recipe, *, target: Target | None = None) -> Plan:

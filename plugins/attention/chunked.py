@@ -54,7 +54,7 @@ class Chunked:
         "attention.rotation",
         "attention.scores",
     )
-    needs: ClassVar[dict[str, str]] = {"model.attention_interface": "attention=eager"}
+    needs: ClassVar[dict[str, str]] = {"model.attention_interface": "attention=native"}
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:

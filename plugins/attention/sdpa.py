@@ -22,6 +22,7 @@ from engine.contexts import (
 )
 from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
+from engine.shape import WITHOUT_ATTENTION
 
 if TYPE_CHECKING:
     import torch
@@ -169,9 +170,7 @@ class Sdpa:
         calls = sum(kernels.values()) + (
             0 if "aten::scaled_dot_product_attention" in kernels else fallback
         )
-        text = session.model.config.get_text_config()
-        types = getattr(text, "layer_types", None) or ["attention"] * text.num_hidden_layers
-        layers = sum(kind.endswith("attention") and kind != "linear_attention" for kind in types)
+        layers = sum(kind not in WITHOUT_ATTENTION for kind in session.shape.layer_types)
         implementation = str(session.model.config._attn_implementation)
         allowed = self._allowed(kernels, fallback)
         yield Receipt(

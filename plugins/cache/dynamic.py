@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching.layers import growing, layers_kept
+from engine.caching.layers import growing, layers_kept, prove_states
 from engine.contexts import CacheContext, EstimateContext, KeyValues, Receipt, Term
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ class Dynamic:
         from transformers import DynamicCache
 
         kept = session.probe.kept
+        if "model.attention_free" in session.traits:
+            yield prove_states(session, DynamicCache)
+            return
         yield Receipt(
             slot="cache",
             claim="keys and values are kept, and grow with the tokens",

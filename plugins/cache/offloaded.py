@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
 from engine.caching.layers import layers_kept
-from engine.contexts import CacheContext, EstimateContext, KeyValues, Receipt, Term
+from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
+from engine.errors import Problem
 from engine.rules import Rule
+from engine.shape import RECURRENT, WITHOUT_KEYS
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -18,6 +20,15 @@ if TYPE_CHECKING:
 
 BUS = 20e9
 """Bytes per second between main memory and a GPU: four fifths of PCIe 4.0 with 16 lanes."""
+BESIDE = Rule(
+    code="offloaded-hybrid",
+    why="these layers move their state together with their keys, and read it before they wait for "
+    "what is fetched",
+    hint="cache=dynamic",
+    source="transformers, cache_utils: LinearAttentionAndFullAttentionLayer.prefetch, and "
+    "Cache.update, which alone waits for the stream",
+    seen="transformers 5.23.0, 2026-11-28",
+)
 
 
 @dataclass
@@ -39,6 +50,20 @@ class Offloaded:
             seen="transformers 5.23.0, 2026-11-22",
         )
     }
+
+    @hookimpl
+    def check(self, context: CheckContext) -> Iterator[Problem]:
+        """Refuse layers whose states would come over the bus as well, and models without keys."""
+        kinds = set() if context.shape is None else set(context.shape.layer_types)
+        if beside := sorted(kinds & RECURRENT - WITHOUT_KEYS):
+            yield BESIDE.problem("cache", f"cache=offloaded does not work with {', '.join(beside)}")
+        if "model.attention_free" in context.traits:
+            yield Problem(
+                slot="cache",
+                code="does-nothing",
+                message="cache=offloaded moves keys and values, and the model keeps none",
+                hint="cache=dynamic",
+            )
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching.layers import kept_by_type, layers_kept
+from engine.caching.layers import kept_by_type, layers_kept, prove_states, refuse_other_layers
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
 from engine.rules import Rule
+from engine.shape import USUAL
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -36,14 +37,32 @@ class Static:
             hint="cache=dynamic",
             source="transformers, models/bloom/modeling_bloom.py, build_alibi_tensor",
             seen="transformers 5.23.0, 2026-11-22",
-        )
+        ),
+        "model.bias_by_mask": Rule(
+            code="static-bias",
+            why="the model makes its position biases for as many keys as its masks have, and a "
+            "prompt gets less from a static cache",
+            hint="cache=dynamic",
+            source="transformers, models/inkling/modeling_inkling.py, InklingAttention.forward",
+            seen="transformers 5.23.0, 2026-11-28",
+        ),
     }
 
     @hookimpl
     def check(self, context: CheckContext) -> Iterator[Problem]:
-        """Refuse lengths that are none, or beyond the model's context."""
+        """Refuse lengths that are none, or beyond the model's context, and unknown layers."""
+        yield from refuse_other_layers(context, "static", USUAL)
         limit = context.reshaped.max_positions if context.reshaped else None
         if self.max_tokens is None:
+            return
+        if "model.attention_free" in context.traits:
+            yield Problem(
+                slot="cache",
+                code="does-nothing",
+                message=f"cache.max_tokens={self.max_tokens} is a length of keys and values, and "
+                "the model keeps none: its states have one size, however long the text",
+                hint="cache.max_tokens=null",
+            )
             return
         if self.max_tokens < SMALLEST:
             yield Problem(
@@ -94,6 +113,9 @@ class Static:
         cache, kept = session.probe.cache, session.probe.kept
         keys = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", [])]
         length = max((each.shape[-2] for each in keys if each is not None), default=0)
+        if "model.attention_free" in session.traits:
+            yield prove_states(session, StaticCache)
+            return
         yield Receipt(
             slot="cache",
             claim="keys and values lie in tensors allocated once",

@@ -14,7 +14,7 @@ from engine import hookimpl
 from engine.contexts import CheckContext, DecodeContext, Decoder, Generation, Receipt
 from engine.decoding.loop import Run, TokenDecoder, rehearsal
 from engine.decoding.sampling import Sampling
-from engine.errors import Problem
+from engine.errors import Problem, RuntimeFailure
 from engine.rules import Rule
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ DYNAMIC_ROPE = Rule(
     source="dynamic_frequency_update in transformers' modeling_rope_utils.py",
     seen="transformers 5.23.0, torch 2.13.0, 2026-11-22",
 )
+OWN_CACHE = Rule(
+    code="compiled-own-cache",
+    why="its steps read from a cache of fixed size, and there is none that the model's code takes",
+    hint="decode=generate",
+    source="STATIC_LAYER_TYPE_MAPPING and StaticLayer in cache_utils.py of transformers",
+    seen="transformers 5.23.0, 2026-11-28",
+)
 
 
 @dataclass
@@ -61,7 +68,12 @@ class Compiled(Sampling):
     """
 
     needs: ClassVar[Mapping[str, Rule]] = {"cache.static": GROWING}
-    excludes: ClassVar[Mapping[str, Rule]] = {"model.alibi": ALIBI}
+    excludes: ClassVar[Mapping[str, Rule]] = {
+        "model.alibi": ALIBI,
+        "model.own_cache": OWN_CACHE,
+        "model.own_layers": OWN_CACHE,
+        "model.bias_by_mask": OWN_CACHE,
+    }
 
     @property
     def provides(self) -> tuple[str, ...]:
@@ -153,6 +165,11 @@ class CompiledDecoder(TokenDecoder):
             limit = torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS)
             with limit, _counted(self.counters), _onednn(self.onednn):
                 found = model(**inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RuntimeFailure(
+                f"the step of {type(model).__name__} cannot be compiled: {error!s:.300}",
+                hint="decode=generate",
+            ) from error
         finally:
             if own is None:
                 del model.forward

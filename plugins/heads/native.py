@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from engine import hookimpl
 from engine.contexts import Heads, HeadsContext, Receipt
+from engine.shape import WITHOUT_ATTENTION
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,17 +42,16 @@ class NativeHeads:
         )
         evidence: dict[str, str | int | float | bool] = {}
         decoder = cast(Any, session.model).get_decoder()
-        measured = _measure(decoder, text.num_attention_heads)
+        heads = getattr(text, "num_attention_heads", 0)
+        measured = _measure(decoder, heads, session.shape.layer_types)
         stated = getattr(text, "num_key_value_heads", None)
         if measured is None:
             evidence["projections"] = "of a layout that is not known here; config compared only"
         else:
             kv_heads, evidence["projection"], evidence["rows"] = measured
-            kind = (
-                "MQA" if kv_heads == 1 else "GQA" if kv_heads < text.num_attention_heads else "MHA"
-            )
+            kind = "MQA" if kv_heads == 1 else "GQA" if kv_heads < heads else "MHA"
             evidence |= {
-                "query heads": text.num_attention_heads,
+                "query heads": heads,
                 "kv heads": kv_heads,
                 "kind": kind,
             }
@@ -60,20 +61,24 @@ class NativeHeads:
         )
 
 
-def _measure(decoder: nn.Module, heads: int) -> tuple[int, str, int] | None:
+def _measure(
+    decoder: nn.Module, heads: int, layer_types: tuple[str, ...]
+) -> tuple[int, str, int] | None:
     """Return the kv heads of the first attention layer, the projection that tells, and its rows."""
     for name, module in decoder.named_modules():
         children = dict(module.named_children())
         output = next((children[child] for child in OUTPUT if child in children), None)
         if output is None or not heads or (_columns(output) % heads):
             continue
+        number = re.search(r"\.(\d+)\.", f".{name}.")  # linear attention has heads of its own
+        if number and layer_types[int(number[1])] in WITHOUT_ATTENTION:
+            continue
         head_dim = _columns(output) // heads
         if "k_proj" in children:
             rows = _rows(children["k_proj"])
             return rows // head_dim, f"{name}.k_proj", rows
         fused = next((child for child in FUSED if child in children), None)
-        if fused:
-            rows = _rows(children[fused])
+        if fused and (rows := _rows(children[fused])):
             return (rows // head_dim - heads) // 2, f"{name}.{fused}", rows
     return None
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, StaticCache, masking_utils
+from transformers import Cache, DynamicCache, StaticCache, cache_utils, masking_utils
 
 from engine.attending.scores import key_positions
 from engine.caching.evicting import EvictingLayer
@@ -155,3 +157,33 @@ def test_fp8_key_bias() -> None:
             errors[name].append(relative(answers(cache_of(config, kind)), right))
     assert errors["fp8"][1] > 4 * errors["fp8"][0]
     assert errors["channels"][1] < 2 * errors["channels"][0]
+
+
+def test_static_bias(model: Callable[[str], Path]) -> None:
+    tried = plain(model("inkling"))
+    with pytest.raises(RuntimeError, match="size"):
+        tried(IDS, past_key_values=StaticCache(config=tried.config, max_cache_len=20))
+
+
+@pytest.mark.parametrize("family", ["minimax", "rwkv", "xlstm", "recurrent_gemma"])
+def test_own_cache(model: Callable[[str], Path], family: str) -> None:
+    """A cache that is given stays empty of states, or is not taken."""
+    tried = plain(model(family))
+    cache: Any = DynamicCache(config=tried.config)
+    with suppress(ValueError, TypeError, AttributeError), torch.no_grad():
+        tried(IDS, past_key_values=cache, use_cache=True)
+    assert not any(
+        state is not None
+        for layer in cache.layers
+        for state in getattr(layer, "recurrent_states", {}).values()
+    )
+
+
+def test_offloaded_hybrid() -> None:
+    """States are read before `update`, which alone waits for what is fetched, as are keys."""
+    waits = "wait_stream"
+    assert waits in inspect.getsource(Cache.update)
+    for reads in (Cache.get_conv_state, Cache.get_recurrent_state, Cache.update_conv_state):
+        assert waits not in inspect.getsource(reads)
+    layer = cache_utils.LinearAttentionAndFullAttentionLayer
+    assert "LinearAttentionLayer.prefetch(self)" in inspect.getsource(layer.prefetch)

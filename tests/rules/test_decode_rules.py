@@ -192,3 +192,10 @@ def test_compiled_alibi(model: Callable[[str], Path]) -> None:
                 attention_mask=torch.ones((1, 9), dtype=torch.long),
                 past_key_values=cache,
             )
+
+
+def test_compiled_own_cache(model: Callable[[str], Path]) -> None:
+    """Of types of layers that only a family's code knows, none has a fixed size."""
+    config = plain(model("deepseek_v4")).config
+    with pytest.raises(KeyError, match="compressed"):
+        StaticCache(config=config, max_cache_len=20)
