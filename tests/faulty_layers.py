@@ -144,3 +144,12 @@ def raises() -> Packed:
 def needs_another_library() -> Packed:
     """Fail for a reason that says nothing of the CPU."""
     raise ModuleNotFoundError("there is no such library")
+
+
+def lacks_memory() -> Packed:
+    """Fail as torch does where there is too little memory."""
+
+    def spoil(inputs: Tensor, weight: Tensor, found: Tensor) -> Tensor:
+        return found.new_empty(2**60)
+
+    return _packed(spoil)

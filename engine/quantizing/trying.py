@@ -31,6 +31,9 @@ Blocks of kernels are powers of two; one more leaves a rest, and is the first of
 TOLERANCE = 0.1
 """How far an output may be off, in standard deviations of such outputs."""
 
+ELSEWHERE = (ImportError, MemoryError, OSError)
+"""Errors that say nothing of the CPU: a library is not there, or memory is short."""
+
 ALIGNED = 64
 """torch aligns what it allocates to so many bytes, and kernels may rely on it."""
 
@@ -68,8 +71,7 @@ def main() -> None:
 
     for number, case in enumerate(cases):
         say(number)
-        # A library that is not there, or too little memory, says nothing of the CPU.
-        with suppress(ImportError, MemoryError):
+        with suppress(*ELSEWHERE):
             steps = fault(Case(**{**case, "options": tuple(map(tuple, case["options"]))}))
             try:
                 while True:
@@ -106,9 +108,11 @@ def fault(case: Case) -> Generator[str, None, str]:
                 off = float(((found - expected).abs() / size).max())
                 if not off <= TOLERANCE:
                     return f"{step} is off by {off:.1g} times its size"
-    except (ImportError, MemoryError):
+    except ELSEWHERE:
         raise
     except Exception as error:
+        if "DefaultCPUAllocator" in str(error):  # torch's word for too little memory
+            raise MemoryError from error
         what = next(iter(str(error).splitlines()), "")
         return f"{step} raises {type(error).__name__}: {what:.200}"
     return ""

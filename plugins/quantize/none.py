@@ -57,10 +57,12 @@ class Unquantized:
     @hookimpl
     def prepare(self, context: PrepareContext) -> None:
         """Refuse packed layers that this CPU does not multiply rightly."""
-        packing = context.model.config.to_dict().get("quantization_config")
-        traits = getattr(context.recipe.decode, "provides", ())
-        for cases, hint in _trials(packing, traits) if packing else ():
-            refusing.refuse_loaded(context, cases, WHO, skip=None, hint=hint)
+        quantizer: Any = getattr(context.model, "hf_quantizer", None)
+        if quantizer is not None:
+            packing = quantizer.quantization_config.to_dict()
+            traits = getattr(context.recipe.decode, "provides", ())
+            for cases, hint in _trials(packing, traits):
+                refusing.refuse_loaded(context, cases, WHO, skip=None, hint=hint)
 
     @hookimpl
     def receipts(self, session: Session) -> Iterator[Receipt]:

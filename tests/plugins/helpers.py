@@ -132,7 +132,7 @@ def packed_parts(session: Session) -> Iterator[tuple[Any, list[torch.Tensor]]]:
     for module in model.modules():
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
             yield module, list(bitsandbytes._parts(module))
-        elif type(module).__name__ == "QLinear":
+        elif type(module).__name__.endswith("QLinear"):  # those too that are unpacked for products
             yield module, list(quanto._parts(module))
         elif hasattr(getattr(module, "weight", None), "__tensor_flatten__"):
             yield module, list(plain_parts(module.weight))

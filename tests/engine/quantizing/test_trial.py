@@ -185,6 +185,7 @@ def test_what_says_nothing_of_the_cpu_is_no_fault_and_not_remembered(
     monkeypatch.chdir(tmp_path)
     lacking = [
         case(faulty_layers.needs_another_library),
+        case(faulty_layers.lacks_memory),
         case(faulty_layers.ends, by="SIGKILL"),
     ]
     assert faults([*lacking, RIGHT]) == {RIGHT: ""}
