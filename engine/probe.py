@@ -41,7 +41,7 @@ class Probe:
     @property
     def kept(self) -> dict[str, str | int]:
         """Return what lies in the cache, counted in its tensors, and how many tokens were sent."""
-        from engine.caching.layers import measure
+        from engine.caching.measuring import measure
 
         return measure(self.cache) | {"tokens sent": sum(self.tokens)}
 

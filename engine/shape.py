@@ -348,8 +348,9 @@ class _Reader:
 
     def layer_types(self, layers: int) -> tuple[str, ...]:
         """Return the kind of each layer."""
-        written = self.part.get("layer_types") or self.part.get("layers_block_type")
-        types = written or self.get("layer_types", "layers_block_type")
+        types = self.part.get("layer_types") or self.get("layer_types")
+        if types is None and not self.made:  # else its class would have made the one of the other
+            types = self.part.get("layers_block_type")
         types = self._usual_layer_types(layers) if types is None else types
         if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
             self.complain(f"layer_types must be a list of names, not {types!r}")

@@ -51,9 +51,9 @@ class SharedPrefix:
         self.saved = 0
         """Tokens that did not go through the model, for they were in a copy."""
         self.refused = next((why for each, why in UNSHARED.items() if each in session.traits), "")
+        """Why nothing is shared; '' where it is."""
         if not self.refused and not session.carrying.in_pieces:
             self.refused = ONE_BY_ONE
-        """Why nothing is shared; '' where it is."""
 
     def __len__(self) -> int:
         """Return the tokens that can be shared."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching.layers import growing, layers_kept, prove_states
+from engine.caching.layers import growing, layers_kept
+from engine.caching.measuring import prove_states
 from engine.contexts import CacheContext, EstimateContext, KeyValues, Receipt, Term
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from engine.caching.layers import (
     Layer,
     cache_of,
     layers_kept,
-    prove_packed,
     refuse_without_full,
     unpacking,
 )
+from engine.caching.measuring import prove_packed
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
 

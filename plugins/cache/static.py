@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from engine import hookimpl
-from engine.caching.layers import kept_by_type, layers_kept, prove_states, refuse_other_layers
+from engine.caching.layers import kept_by_type, layers_kept, refuse_other_layers
+from engine.caching.measuring import prove_states
 from engine.contexts import CacheContext, CheckContext, EstimateContext, KeyValues, Receipt, Term
 from engine.errors import Problem
 from engine.rules import Rule

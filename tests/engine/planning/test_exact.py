@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine import builder, generate, recipe
-from engine.caching.layers import measure
+from engine.caching.measuring import measure
 from engine.planning.planner import plan
 from tests.plugins.helpers import allocated
 

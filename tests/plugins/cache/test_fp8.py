@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.caching.layers import measure
+from engine.caching.measuring import measure
 from engine.plugins.cache.fp8 import Float8, Float8Layer
 from engine.recipe import compose
 from engine.verdict import check

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.caching.layers import measure
+from engine.caching.measuring import measure
 from engine.contexts import CacheContext
 from engine.plugins.cache.quantized import IntegerLayer, Quantized
 from tests.conftest import Build

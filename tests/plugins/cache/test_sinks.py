@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.caching.evicting import MOST
-from engine.caching.layers import measure
+from engine.caching.measuring import measure
 from engine.contexts import CacheContext
 from engine.plugins.cache.sinks import Sinks
 from tests.conftest import Build

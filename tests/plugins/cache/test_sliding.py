@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.caching.layers import measure
+from engine.caching.measuring import measure
 from engine.contexts import CacheContext
 from engine.plugins.cache.sliding import Sliding
 from tests.conftest import Build
