@@ -342,7 +342,7 @@ REFUSED = {
     "attention=plain": "is not a dataclass",
     "attention=frozen": "is a frozen dataclass",
     "attention=untyped": "has options that a recipe cannot hold",
-    "attention=future": r"works with hook contract >=2; this is 1\.2",
+    "attention=future": r"works with hook contract >=2; this is 1\.3",
     "attention=unreadable": "engine_api that is no range of versions",
     # registering: hooks that do not fit
     "attention=misspelled": "there is no hook 'atention'\n  did you mean attention?",

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., Any]
 
+KINDS = 4
+"""Masks of a pass whose rotations are remembered: models have one or two kinds; where layers lie on
+several devices, each layer gets a copy of its own."""
+
 
 class RotatedAttention:
     """A forward of attention, as `engine.contexts.Attention`, and the rotation before it."""
@@ -67,5 +71,5 @@ class RotatedAttention:
         keys = key_positions(positions[:, -1], mask, query.shape[2], key.shape[2])
         made = self._rotation(query, positions, keys)
         if not torch.compiler.is_compiling():
-            self._turns.append((tensors, sizes, made))
+            self._turns = [*self._turns[1 - KINDS :], (tensors, sizes, made)]
         return made

@@ -1,8 +1,7 @@
 """Rotate queries and keys at each pass anew, by frequencies that follow the length of the text.
 
-Keys lie in the cache unrotated. What a pass makes of its tokens beyond the first layer's keys, the
-frequencies of that pass have shaped, and a cache keeps it: only a pass over all tokens would make
-it anew.
+Keys are cached unrotated. Above the first layer, keys and values also depend on the frequencies of
+the pass that computed them, and a cache keeps them: only a pass over all tokens computes them anew.
 """
 
 from __future__ import annotations

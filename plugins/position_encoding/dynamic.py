@@ -42,9 +42,10 @@ CACHE = Rule(
 )
 KEPT = Rule(
     code="dynamic-rope-kept",
-    why="beyond the trained length, earlier tokens stay as passes over a shorter text made them, "
-    "but for their rotation, so that tokens may be others than without a cache",
-    hint="cache=none, which makes all tokens anew for each",
+    why="beyond the trained length, what is cached of earlier tokens was computed with the "
+    "frequencies of a shorter text, and only the rotation of keys is renewed, so that answers may "
+    "differ from those without a cache",
+    hint="cache=none, which computes all tokens anew for each new one",
     source="arXiv 2309.00071, section 3.3",
     seen="transformers 5.23.0, 2026-11-28",
 )
@@ -62,10 +63,11 @@ class Dynamic:
     length.
 
     Each new token changes the frequencies, and so the keys of all tokens before it. As the paper
-    asks, caches keep keys unrotated, and each pass rotates all of them, which is the price: of a
-    copy of each layer's keys, and some ten operators over it. What a token has become in the layers
-    above the first stays as it was made when the text was shorter; cache=none makes it anew, as
-    transformers does without a cache, and tokens beyond L may differ from it.
+    asks, caches keep keys unrotated, and each pass rotates all of them: that is the price, some
+    ten operators over a layer's keys, and a copy of these. Keys and values above the first layer
+    also depend on the frequencies of the pass that computed them, and stay as they are: beyond L
+    answers may differ from those of cache=none, which computes all tokens anew for each new one,
+    as transformers does without a cache. Up to L they are the same.
     """
 
     factor: float = 4.0

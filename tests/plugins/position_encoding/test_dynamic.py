@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, DynamicCache
+from transformers import AttentionMaskInterface, AutoConfig, DynamicCache
 
 import engine
 from engine.attending.rotation import RotatedAttention
@@ -244,7 +244,7 @@ def test_logits_are_those_of_the_references(
 def test_no_cache_can_be_as_recomputed_where_more_layers_attend(
     model: Callable[[str], Path],
 ) -> None:
-    """What the notes say: the layers above the first keep what the shorter text made of tokens."""
+    """What the notes say: above the first layer, what is cached depends on the text as it was."""
     folder, ids = model("llama"), [3 + at % 300 for at in range(160)]
     kept, whole = Kept(folder), plain(folder, config=scaled(folder))
     for start, end, at_least, at_most in (
@@ -509,6 +509,16 @@ def test_positions_changed_in_place_are_seen_by_the_next_pass() -> None:
         for _layer in range(2):
             forward(module, states, states, states, None, position_ids=positions)
     assert asked == [1, 8]
+
+
+def test_no_mask_is_made_where_transformers_needs_none(build: Build) -> None:
+    """Masks of long prompts take more memory than their keys, and kernels skip what they hide."""
+    masks: Any = AttentionMaskInterface
+    sizes = {"batch_size": 1, "q_length": 8, "kv_length": 8, "attention_mask": None}
+    for attention, needless in (("native", True), ("sdpa", True), ("eager", False)):
+        name = str(build(*words(f"attention={attention}")).model.config._attn_implementation)
+        assert name.startswith("engine:")
+        assert (masks()[name](**sizes) is None) is needless
 
 
 def test_rotated_keys_are_priced(model: Callable[[str], Path]) -> None:

@@ -238,6 +238,8 @@ def test_what_cannot_be_grouped_is_refused(model: Callable[[str], Path]) -> None
         ("hunyuan_v1_dense", "after rotating"),
         ("nanochat", "after rotating"),
         ("llama4_text", "code of its own kind"),
+        ("deepseek_v32", "once more to pick the keys"),
+        ("persimmon", "does not tell its attention the positions"),
     ):
         (problem,) = refusals(SelfExtend(window=64), replace(llama, model_type=model_type))
         assert why in problem.message
