@@ -10,12 +10,6 @@ from engine.loading.gguf_header import GgufHeader, refused
 
 Config = dict[str, Any]
 
-OTHER_CONFIG = (
-    "config.json is another model's, or was changed: take that of the checkpoint that the file was "
-    "made of, or none: then the header tells"
-)
-NO_CONFIG = "put the config.json of the checkpoint that the file was made of beside it"
-
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Kinds that are no blocks → number format."""
 
@@ -178,12 +172,8 @@ TYPES = {
 """Values of general.type that are no model."""
 
 
-def verify_model(header: GgufHeader, model_type: str | None) -> None:
-    """Raise CheckpointError for a file that is no model, or of a family that cannot be read.
-
-    Args:
-        model_type: as config.json has it; None where there is none.
-    """
+def verify_model(header: GgufHeader) -> None:
+    """Raise CheckpointError for a file that is no model, or of a family that cannot be read."""
     file, name, kind = header.file, header.architecture, header.keys.get("general.type", "model")
     what = TYPES.get(kind) or OTHERS.get(name)
     if what is None and kind != "model":
@@ -200,10 +190,6 @@ def verify_model(header: GgufHeader, model_type: str | None) -> None:
         known = ", ".join(sorted(ARCHITECTURES))
         what = f"files of the architecture '{name}' cannot be read; those of these can: {known}"
         raise refused(file, what, "load=transformers, with the original checkpoint", "family")
-    accepted = ARCHITECTURES[name].model_types
-    if model_type is not None and model_type not in accepted:
-        what = f"model_type is {' or '.join(accepted)} in the file and {model_type} in config.json"
-        raise refused(file, what, OTHER_CONFIG)
     if header.keys.get("general.quantization_version", 2) != 2 and _is_packed(header):
         version = header.keys["general.quantization_version"]
         what = f"{file.name} has blocks of quantization_version {version}; read is version 2"

@@ -21,7 +21,6 @@ from engine.contexts import (
 from engine.errors import Problem, RecipeError
 from engine.loading import (
     checkpoint,
-    gguf_compare,
     gguf_config,
     gguf_header,
     gguf_tokenizer,
@@ -30,7 +29,6 @@ from engine.loading import (
 from engine.loading import common as loading
 from engine.loading.gguf_weights import Weights
 from engine.loading.prequantized import installed
-from engine.shape import read_shape
 
 if TYPE_CHECKING:
     import torch
@@ -204,6 +202,5 @@ class Gguf:
     def _verify(self, folder: Path) -> gguf_header.GgufHeader:
         """Return the file's header, once it has proven to be of the config's model."""
         header = gguf_header.read(folder / self.file)
-        shape = read_shape(gguf_config.described(header, folder).config)
-        gguf_compare.verify(header, shape, beside=(folder / "config.json").is_file())
+        gguf_config.verify(header, folder)
         return header
