@@ -20,6 +20,7 @@ from engine.loading.gguf_families import (
 )
 from engine.loading.gguf_header import GgufHeader, refused
 from engine.loading.gguf_keys import ROWS
+from engine.loading.gguf_types import verify_types
 from engine.loading.model_json import read_config
 from engine.shape import read_shape
 
@@ -37,6 +38,7 @@ def described(header: GgufHeader, folder: Path) -> ModelConfig:
     Raises CheckpointError for what is no model, or of another family than config.json says.
     """
     verify_model(header)
+    verify_types(header)
     beside = (folder / "config.json").is_file()
     config = read_config(folder) if beside else of_header(header)
     name, accepted = config.get("model_type"), ARCHITECTURES[header.architecture].model_types

@@ -86,13 +86,12 @@ def _gemma3(header: GgufHeader) -> Config:
     # As llama.cpp has it, src/models/gemma3.cpp: every sixth layer sees all, if there are windows.
     given = header.get("attention.sliding_window_pattern", 6)
     given = given if header.get("attention.sliding_window") else 1
-    count = int(header.get("block_count", 0))
-    windows = given if isinstance(given, list) else [(n + 1) % given > 0 for n in range(count)]
+    near_sighted = windows(given, header.get("block_count"))
     full = scaled_rope(header)
     near = {"rope_type": "default", "rope_theta": header.get("rope.freq_base_swa", 10_000.0)}
     return {
         "query_pre_attn_scalar": _gemma_scale(header, 62),
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in windows],
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in near_sighted],
         "rope_parameters": {"full_attention": full, "sliding_attention": near},
     }
 
@@ -205,6 +204,16 @@ def for_all_layers(value: Any) -> Any:
     if isinstance(value, list):
         return next((each for each in value if each), 0)
     return value
+
+
+def windows(pattern: Any, layers: int) -> list[bool]:
+    """Tell of each layer whether a pattern gives it a window: every so manieth layer has none.
+
+    As llama.cpp has it (src/llama-hparams.cpp): 0 gives one to all layers, 1 to none.
+    """
+    if isinstance(pattern, list):
+        return [bool(each) for each in pattern]
+    return [pattern == 0 or (layer + 1) % pattern > 0 for layer in range(layers)]
 
 
 def scaled_rope(header: GgufHeader) -> Config:

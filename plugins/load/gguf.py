@@ -71,7 +71,7 @@ class Gguf:
     @hookimpl
     def configure(self, context: ConfigureContext) -> ModelConfig | None:
         """Take the config from config.json, or where there is none from the file's header."""
-        if not installed(PACKAGE) or not gguf_header.is_name(self.file):
+        if not installed(PACKAGE) or not self._names_a_file:
             return None
         recipe, folder = context.recipe, context.folder
         local = model_folder.is_local(recipe.model.path)
@@ -103,7 +103,7 @@ class Gguf:
         folder = checkpoint.locate(asked.path, asked.revision, download=False)
         there = model_folder.gguf_files(folder) if folder else []
         local = model_folder.is_local(asked.path)
-        if not gguf_header.is_name(self.file):
+        if not self._names_a_file:
             why = f"load.file={self.file!r} names no .gguf file of the model's folder"
         elif local and folder and not (folder / self.file).is_file():
             why = f"load.file={self.file} is not in {folder}"
@@ -192,6 +192,11 @@ class Gguf:
             and not model.training
             and not changed,
         )
+
+    @property
+    def _names_a_file(self) -> bool:
+        """Tell whether `file` can be one of the model's folder."""
+        return self.file.endswith(".gguf") and not model_folder.escapes(self.file)
 
     def _fetch(self, recipe: Recipe) -> Path:
         """Return the folder of a hub model, with the file and what lies beside it."""

@@ -165,6 +165,18 @@ HAS_DEFAULT = re.compile(
 """What llama.cpp has a default for, too, and sizes: whether these are right, the tensors tell."""
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["config.json", "header"])
+@pytest.mark.parametrize("value", ["x", 3, -1, 0, 2**31, 7.5, True, [3], ["x"]], ids=repr)
+def test_a_key_of_any_value_gives_no_other_error(
+    made: Made, tmp_path: Path, value: Any, beside: bool
+) -> None:
+    one = made("gemma3")
+    folder = one.beside(tmp_path / "model") if beside else tmp_path
+    usual = answered(one.write(folder))
+    for key in [*one.keys, "gemma3.attention.sliding_window_pattern", "split.count"]:
+        told_of(one.write(folder, {key: value}), usual)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_a_header_without_a_key_gives_no_other_model(made: Made, tmp_path: Path, name: str) -> None:
     one = made(name)
