@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.loading import gguf_keys, gguf_rope, gguf_tensors, gguf_tokenizer
-from engine.loading.gguf_families import NO_CONFIG, OTHER_CONFIG
-from engine.loading.gguf_header import GgufHeader, refused
+from engine.loading.gguf_header import GgufHeader
 from engine.loading.model_json import some
 from engine.shape import ModelShape
 
 
-def verify(header: GgufHeader, shape: ModelShape, *, beside: bool) -> None:
-    """Raise CheckpointError where a file is not of the model that a config describes.
+def differences(header: GgufHeader, shape: ModelShape, config: str) -> list[str]:
+    """Return what of a file is not of the model that a config describes.
 
     Args:
-        beside: whether there is a config.json, and the config is not made of the header.
+        config: what the config is called.
     """
-    config = "config.json" if beside else "the config that the header gives"
     found = [
         *gguf_keys.differences(header, shape, config),
         *gguf_rope.differences(header, shape, config),
@@ -27,9 +25,7 @@ def verify(header: GgufHeader, shape: ModelShape, *, beside: bool) -> None:
     if shape.blueprint is not None:
         needed = {weight.name: weight.shape for weight in shape.blueprint.weights}
         found += gguf_tensors.mismatches(header, shape.layers, needed)
-    if found:
-        found = list(dict.fromkeys(found))  # two keys may say one thing
-        raise refused(header.file, "; ".join(found), OTHER_CONFIG if beside else NO_CONFIG)
+    return list(dict.fromkeys(found))  # two keys may say one thing
 
 
 def notes(

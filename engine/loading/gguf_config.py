@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from engine.blueprint import sources
@@ -11,7 +12,6 @@ from engine.errors import CheckpointError
 from engine.loading import gguf_compare, gguf_rope
 from engine.loading.gguf_families import (
     ARCHITECTURES,
-    NO_CONFIG,
     PLAIN,
     Config,
     for_all_layers,
@@ -20,6 +20,7 @@ from engine.loading.gguf_families import (
 )
 from engine.loading.gguf_header import GgufHeader, refused
 from engine.loading.gguf_keys import ROWS
+from engine.loading.gguf_types import verify_types
 from engine.loading.model_json import read_config
 from engine.shape import read_shape
 
@@ -36,25 +37,46 @@ def described(header: GgufHeader, folder: Path) -> ModelConfig:
 
     Raises CheckpointError for what is no model, or of another family than config.json says.
     """
+    verify_model(header)
+    verify_types(header)
     beside = (folder / "config.json").is_file()
-    config = read_config(folder) if beside else {}
-    verify_model(header, str(config.get("model_type")) if beside else None)
-    config = config or of_header(header)
+    config = read_config(folder) if beside else of_header(header)
+    name, accepted = config.get("model_type"), ARCHITECTURES[header.architecture].model_types
+    if name not in accepted:
+        what = f"model_type is {' or '.join(accepted)} in the file and {name} in config.json"
+        raise refused(header.file, what, _instead(header))
     config.pop("quantization_config", None)  # it would be of weights that are not loaded
-    try:
-        more = gguf_rope.adopted(header, read_shape(config))
-    except CheckpointError as error:
-        if beside:
-            raise
-        what = "; ".join(problem.message for problem in error.problems)
-        raise refused(header.file, what, NO_CONFIG) from error
+    more = gguf_rope.adopted(header, read_shape(config)) if beside else {}
     config |= more
     told = [*gguf_compare.notes(header, read_shape(config), folder, config)]
-    if more and beside:
+    if more:
         told.append(
             f"{header.file.name}: config.json scales no positions, so the file's factors do"
         )
     return ModelConfig(config=config, notes=told)
+
+
+def verify(header: GgufHeader, folder: Path) -> None:
+    """Raise CheckpointError where a file is not of the model that its config describes."""
+    beside = (folder / "config.json").is_file()
+    shape = read_shape(described(header, folder).config)
+    found = gguf_compare.differences(header, shape, "config.json" if beside else _MADE)
+    if found:
+        raise refused(header.file, "; ".join(found), _instead(header) if beside else _MISSING)
+
+
+_MADE = "the config that the header gives"
+_MISSING = "put the config.json of the checkpoint that the file was made of beside it"
+
+
+def _instead(header: GgufHeader) -> str:
+    """Say which config to take instead of the one beside: none will do if the header tells all."""
+    hint = "config.json is another model's, or was changed: take that of the checkpoint that the "
+    hint += "file was made of"
+    with suppress(CheckpointError):
+        if not gguf_compare.differences(header, read_shape(of_header(header)), _MADE):
+            hint += ", or none: then the header tells"
+    return hint
 
 
 def of_header(header: GgufHeader) -> Config:
@@ -82,8 +104,13 @@ def of_header(header: GgufHeader) -> Config:
         "bos_token_id": ids["bos"],
         "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
         "pad_token_id": ids["padding"],
+        **_dtype(header),
     }
-    return config | _dtype(header)
+    try:
+        return config | gguf_rope.adopted(header, read_shape(config))
+    except CheckpointError as error:  # which speaks of a config.json
+        what = "; ".join(problem.message for problem in error.problems)
+        raise refused(header.file, what, _MISSING) from error
 
 
 def _fields(model_type: str) -> Collection[str]:
@@ -113,7 +140,7 @@ def _verify_complete(header: GgufHeader, words: Collection[str]) -> None:
         missing.append("expert_used_count")
     if missing:
         names = ", ".join(f"{header.architecture}.{key}" for key in missing)
-        raise refused(header.file, f"the header lacks {names}", NO_CONFIG)
+        raise refused(header.file, f"the header lacks {names}", _MISSING)
 
 
 def _dtype(header: GgufHeader) -> Config:

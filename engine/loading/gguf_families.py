@@ -10,12 +10,6 @@ from engine.loading.gguf_header import GgufHeader, refused
 
 Config = dict[str, Any]
 
-OTHER_CONFIG = (
-    "config.json is another model's, or was changed: take that of the checkpoint that the file was "
-    "made of, or none: then the header tells"
-)
-NO_CONFIG = "put the config.json of the checkpoint that the file was made of beside it"
-
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Kinds that are no blocks → number format."""
 
@@ -92,13 +86,12 @@ def _gemma3(header: GgufHeader) -> Config:
     # As llama.cpp has it, src/models/gemma3.cpp: every sixth layer sees all, if there are windows.
     given = header.get("attention.sliding_window_pattern", 6)
     given = given if header.get("attention.sliding_window") else 1
-    count = int(header.get("block_count", 0))
-    windows = given if isinstance(given, list) else [(n + 1) % given > 0 for n in range(count)]
+    near_sighted = windows(given, header.get("block_count"))
     full = scaled_rope(header)
     near = {"rope_type": "default", "rope_theta": header.get("rope.freq_base_swa", 10_000.0)}
     return {
         "query_pre_attn_scalar": _gemma_scale(header, 62),
-        "layer_types": ["sliding_attention" if each else "full_attention" for each in windows],
+        "layer_types": ["sliding_attention" if each else "full_attention" for each in near_sighted],
         "rope_parameters": {"full_attention": full, "sliding_attention": near},
     }
 
@@ -178,12 +171,8 @@ TYPES = {
 """Values of general.type that are no model."""
 
 
-def verify_model(header: GgufHeader, model_type: str | None) -> None:
-    """Raise CheckpointError for a file that is no model, or of a family that cannot be read.
-
-    Args:
-        model_type: as config.json has it; None where there is none.
-    """
+def verify_model(header: GgufHeader) -> None:
+    """Raise CheckpointError for a file that is no model, or of a family that cannot be read."""
     file, name, kind = header.file, header.architecture, header.keys.get("general.type", "model")
     what = TYPES.get(kind) or OTHERS.get(name)
     if what is None and kind != "model":
@@ -200,10 +189,6 @@ def verify_model(header: GgufHeader, model_type: str | None) -> None:
         known = ", ".join(sorted(ARCHITECTURES))
         what = f"files of the architecture '{name}' cannot be read; those of these can: {known}"
         raise refused(file, what, "load=transformers, with the original checkpoint", "family")
-    accepted = ARCHITECTURES[name].model_types
-    if model_type is not None and model_type not in accepted:
-        what = f"model_type is {' or '.join(accepted)} in the file and {model_type} in config.json"
-        raise refused(file, what, OTHER_CONFIG)
     if header.keys.get("general.quantization_version", 2) != 2 and _is_packed(header):
         version = header.keys["general.quantization_version"]
         what = f"{file.name} has blocks of quantization_version {version}; read is version 2"
@@ -219,6 +204,16 @@ def for_all_layers(value: Any) -> Any:
     if isinstance(value, list):
         return next((each for each in value if each), 0)
     return value
+
+
+def windows(pattern: Any, layers: int) -> list[bool]:
+    """Tell of each layer whether a pattern gives it a window: every so manieth layer has none.
+
+    As llama.cpp has it (src/llama-hparams.cpp): 0 gives one to all layers, 1 to none.
+    """
+    if isinstance(pattern, list):
+        return [bool(each) for each in pattern]
+    return [pattern == 0 or (layer + 1) % pattern > 0 for layer in range(layers)]
 
 
 def scaled_rope(header: GgufHeader) -> Config:

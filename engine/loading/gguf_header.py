@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError, Problem
-from engine.loading.model_folder import escapes
+from engine.loading import gguf_kinds
 from engine.loading.model_json import some
 from engine.loading.safetensors_header import disguise
 
@@ -36,11 +36,6 @@ _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Type of a value → its format for `struct`."""
 _TEXT, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
-_REMOVED = {
-    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4",
-    37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
-}  # fmt: skip
-"""Kinds that llama.cpp once wrote, and no longer reads."""
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z")
 
 
@@ -93,20 +88,9 @@ class GgufHeader:
         return [] if name not in self.tensors else list(map(float, self.array(name).flat))
 
     def array(self, name: str) -> Any:
-        """Return a tensor, unpacked by the package `gguf`: float32, in memory of its own."""
-        import gguf
-        import numpy as np
-
+        """Return a tensor, unpacked: float32, in memory of its own."""
         one = self.tensors[name]
-        kind = gguf.GGMLQuantizationType[one.kind]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        row = (*one.shape[:-1], one.shape[-1] // block * size)
-        packed = np.memmap(one.file, np.uint8, "r", offset=one.start, shape=row)
-        with np.errstate(all="ignore"):  # what is not finite is told, by name
-            values = gguf.dequantize(packed, kind)
-        # Of F32 it is the file itself: one that is cut later would end the process.
-        owned = np.array(values) if one.kind == "F32" else values
-        return owned.reshape(one.shape)
+        return gguf_kinds.unpack(one.file, one.start, one.kind, one.shape)
 
 
 def read(file: Path) -> GgufHeader:
@@ -128,10 +112,12 @@ def siblings(name: str) -> str:
 @lru_cache(maxsize=8)
 def _read(file: Path, *_: tuple[str, int, int]) -> GgufHeader:
     keys, tensors = _one(file)
-    count = int(keys.get("split.count", 1) or 1)
+    number, count = keys.get("split.no", 0), keys.get("split.count", 1)
+    if not isinstance(number, int) or not isinstance(count, int):
+        raise _broken(file, f"split.no={number}, split.count={count}")
     if count < 2:
         return GgufHeader(file=file, keys=keys, tensors=tensors, parts=(file,))
-    parts = list(_parts(file, int(keys.get("split.no", 0)), count))
+    parts = list(_parts(file, number, count))
     for number, part in enumerate(parts[1:], start=1):
         others, more = _one(part)
         if (others.get("split.no"), others.get("split.count")) != (number, count):
@@ -289,33 +275,12 @@ def _verify_kinds(file: Path, kinds: Mapping[str, int]) -> None:
     """Refuse kinds of blocks that the package `gguf` does not know, or does not unpack."""
     problems = []
     for kind in sorted(set(kinds.values())):
-        why = _unreadable(kind)
+        why = gguf_kinds.unreadable(kind)
         if why:
             names = [name for name, each in kinds.items() if each == kind]
             problems.append(_problem(file, f"{file.name} has {why}: {some(names)}", ANOTHER))
     if problems:
         raise CheckpointError(problems)
-
-
-@lru_cache(maxsize=64)
-def _unreadable(number: int) -> str:
-    """Return why tensors of a kind cannot be unpacked; '' where they can be."""
-    from importlib.metadata import version
-
-    import gguf
-    import numpy as np
-
-    known = {kind.value: kind for kind in gguf.GGMLQuantizationType}
-    if number not in known:
-        word = _REMOVED.get(number)
-        why = "which llama.cpp reads no more" if word else f"unknown to gguf {version('gguf')}"
-        return f"tensors of kind {word or number}, {why}"
-    kind = known[number]
-    try:
-        gguf.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
-    except NotImplementedError:
-        return f"tensors of kind {kind.name}, which gguf {version('gguf')} does not unpack"
-    return ""
 
 
 def refused(file: Path, message: str, hint: str = ANOTHER, code: str = "gguf") -> CheckpointError:
@@ -329,8 +294,3 @@ def _problem(file: Path, message: str, hint: str, code: str = "gguf") -> Problem
 
 def _broken(file: Path, why: str, hint: str = AGAIN) -> CheckpointError:
     return refused(file, f"{file.name} is no whole GGUF file: {why}", hint)
-
-
-def is_name(name: str) -> bool:
-    """Tell whether a text names a GGUF file of a folder."""
-    return name.endswith(".gguf") and not escapes(name)

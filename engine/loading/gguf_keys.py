@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from engine.blueprint import drawing
+from engine.loading.gguf_families import windows
 from engine.loading.gguf_header import GgufHeader
+from engine.loading.gguf_known import Known
 from engine.positions import rotary
 from engine.shape import (
     HEADS,
@@ -24,12 +25,9 @@ from engine.shape import (
     LAYERS,
     POSITIONS,
     VOCABULARY,
-    WINDOWED,
     WITHOUT_KEYS,
     ModelShape,
 )
-
-Values = Mapping[str, Any]
 
 SAME = 1e-5
 """Relative difference of numbers that are the same: a header has them in 32 bits."""
@@ -37,57 +35,6 @@ SAME = 1e-5
 EPSILON = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon")
 EXPERTS = ("num_local_experts", "num_experts")
 INNER = ("intermediate_size", "n_inner", "ffn_hidden_size")
-
-
-class Known:
-    """What a config says of a model, its defaults filled in as transformers does."""
-
-    def __init__(self, header: GgufHeader, shape: ModelShape) -> None:
-        self.header = header
-        self.shape = shape
-        try:
-            self._made = drawing.configure(shape.config).get_text_config()
-        except (
-            Exception
-        ):  # its code is not known, or stumbles over a value, which is told elsewhere
-            self._made = None
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        """Return the first of the names that the config has, and that is not null."""
-        read = (
-            self.shape.config.get
-            if self._made is None
-            else lambda name: _attribute(self._made, name)
-        )
-        found = (read(name) for name in names)
-        return next((value for value in found if value is not None), default)
-
-    def word(self, names: tuple[str, ...]) -> str:
-        """Return which of the names the config uses."""
-        return next((name for name in names if self.get(name) is not None), names[0])
-
-    @property
-    def rope(self) -> Values:
-        """Return the rotary parameters of layers that see the whole context."""
-        return next(iter(rotary.far_sighted(self.shape.rope_parameters).values()), {})
-
-    @property
-    def window_rope(self) -> Values:
-        """Return the rotary parameters of layers with a window."""
-        labels = rotary.by_label(self.shape.rope_parameters)
-        return next((labels[name] or {} for name in sorted(WINDOWED & labels.keys())), self.rope)
-
-    @property
-    def windows(self) -> list[bool]:
-        """Tell of each layer whether it has a window."""
-        return [kind in WINDOWED for kind in self.shape.layer_types]
-
-
-def _attribute(made: Any, name: str) -> Any:
-    try:
-        return getattr(made, name, None)
-    except Exception:  # a property of it stumbles over the values
-        return None
 
 
 @dataclass(frozen=True)
@@ -146,10 +93,8 @@ def attention_factor(known: Known) -> float:
 
 def _pattern(known: Known) -> Any:
     stated = known.header.get("attention.sliding_window_pattern")
-    if isinstance(stated, list):
-        return known.windows
-    every = [bool((layer + 1) % (stated or 1)) for layer in range(known.shape.layers)]
-    return stated if known.windows == every else known.windows
+    same_windows = windows(stated, known.shape.layers) == known.windows
+    return stated if same_windows else known.windows
 
 
 def _gating(known: Known) -> Any:
@@ -259,10 +204,10 @@ def differences(header: GgufHeader, shape: ModelShape, config: str) -> Iterator[
         if there is None and (not _says_something(value) or key == UNLIMITED):
             continue
         if there is None:
-            yield f"{key} is {_shown(value)} in the file, and {shape.model_type} has no such thing"
+            yield f"{key} is {shown(value)} in the file, and {shape.model_type} has no such thing"
         elif row is not None and not same(value, there):
             name = known.word(row.names)
-            yield f"{name} is {_shown(value)} in the file and {_shown(there)} in {config}"
+            yield f"{name} is {shown(value)} in the file and {shown(there)} in {config}"
 
 
 def unused(header: GgufHeader, shape: ModelShape) -> list[str]:
@@ -271,7 +216,7 @@ def unused(header: GgufHeader, shape: ModelShape) -> list[str]:
     if Known(header, shape).get(*POSITIONS) is None:
         known.discard(f"{header.architecture}.{UNLIMITED}")
     return [
-        f"{name}={_shown(value)}"
+        f"{name}={shown(value)}"
         for name, value in header.keys.items()
         if name not in known and not _ORIGIN.match(name)
     ]
@@ -317,7 +262,8 @@ def _says_something(value: Any) -> bool:
     return any(value) if isinstance(value, list) else bool(value) and value != "none"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value of a header as messages have it."""
     if isinstance(value, list) and len(set(map(str, value))) == 1:
-        return _shown(value[0])
+        return shown(value[0])
     return f"{value:.7g}" if isinstance(value, float) else str(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,50 +111,49 @@ def load(
     Args:
         ends: the tokens at which answers end, by the JSON files.
     """
-    if lies_in(folder):
-        found, other = common.tokenizer(folder, trust_remote_code), "the tokenizer beside it"
-        hint = (
-            "take the tokenizer of the checkpoint that the file was made of, or none: then its own"
-        )
-    else:
+    if not lies_in(folder):
         verify_buildable(header)
-        found, other = _built(header), "the tokenizer that transformers makes of it"
-        hint = ""
-    if differing := list(_differences(header, found, other, ends)):
+        found = _built(header)
+        other = "the tokenizer that transformers makes of it"
+        if differing := list(_differences(header, found, other, ends)):
+            raise _refused(header, "; ".join(differing))
+        return found
+    found = common.tokenizer(folder, trust_remote_code)
+    if differing := list(_differences(header, found, "the tokenizer beside it", ends)):
+        hint = "take the tokenizer of the checkpoint that the file was made of"
+        with suppress(CheckpointError):
+            verify_buildable(header)
+            if not list(_differences(header, _built(header), "its own", ())):
+                hint += ", or none: then its own"
         raise _refused(header, "; ".join(differing), hint)
     return found
 
 
 def _built(header: GgufHeader) -> PreTrainedTokenizerBase:
+    """Return what transformers makes of a header; put right what llama.cpp does otherwise."""
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+    from transformers.integrations import gguf
 
-    fast: Any = PreTrainedTokenizerFast
+    fast: Any = PreTrainedTokenizerFast  # neither of which has annotations
+    reader: Any = gguf
     try:
         with common.quiet():
-            found: Any = fast.from_pretrained(header.file.parent, gguf_file=header.file.name)
-            _mend(found, header)
+            family, words, options = reader.get_gguf_tokenizer(str(header.file))
+            backend, more = reader.convert_gguf_tokenizer(family, words)
+            made = json.loads(backend.to_str())
+            # GPT-2's class adds its <|endoftext|> to all.
+            added = [each for each in made["added_tokens"] if each["id"] < header.keys[_TOKENS]]
+            if header.keys.get("tokenizer.ggml.pre") in _AS_LLAMA3:
+                made["model"]["ignore_merges"] = True
+                options.setdefault("add_bos_token", True)
+            backend = Tokenizer.from_str(json.dumps({**made, "added_tokens": added}))
+            found: PreTrainedTokenizerBase = fast(tokenizer_object=backend, **options, **more)
     except Exception as error:
         first = next(iter(str(error).strip().splitlines()), "")
         what = f"transformers cannot build the tokenizer: {type(error).__name__}: {first}"
         raise _refused(header, what) from error
-    return found  # type: ignore[no-any-return]
-
-
-def _mend(tokenizer: Any, header: GgufHeader) -> None:
-    """Put right what transformers makes otherwise of a header than llama.cpp does."""
-    from tokenizers import Tokenizer
-
-    made = json.loads(tokenizer.backend_tokenizer.to_str())
-    # GPT-2's class adds its <|endoftext|> to all.
-    kept = [each for each in made["added_tokens"] if each["id"] < header.keys[_TOKENS]]
-    as_llama3 = header.keys.get("tokenizer.ggml.pre") in _AS_LLAMA3
-    if as_llama3:
-        made["model"]["ignore_merges"] = True
-    if as_llama3 or len(kept) < len(made["added_tokens"]):
-        # There is no public way to take an added token back.
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps({**made, "added_tokens": kept}))
-    if as_llama3 and tokenizer.bos_token is not None:
-        tokenizer.add_bos_token = header.keys.get("tokenizer.ggml.add_bos_token", True)
+    return found
 
 
 def _refused(header: GgufHeader, why: str, hint: str = "") -> CheckpointError:
@@ -238,7 +238,10 @@ def _merges(tokenizer: Any) -> list[str] | None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = {} if backend is None else json.loads(backend.to_str())["model"]
     merges = model.get("merges")
-    return merges and [each if isinstance(each, str) else " ".join(each) for each in merges]
+    pairs = [each.split(" ") if isinstance(each, str) else each for each in merges or ()]
+    # The package `gguf` writes a blank within a token as the alphabet of GPT-2 does.
+    spelled = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
+    return None if merges is None else spelled
 
 
 def _listed(value: Any) -> list[Any]:

@@ -48,9 +48,9 @@ def locate(path: str, revision: str | None, *, download: bool) -> Path | None:
 
 
 def gguf_files(folder: Path) -> list[str]:
-    """Return the names of a folder's GGUF files; of one that was split the first part alone."""
-    names = sorted(each.name for each in folder.glob("*.gguf"))
-    return [name for name in names if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf\Z", name)]
+    """Return the names of a folder's GGUF files that may be models; of a split one the first."""
+    other = re.compile(r"mmproj|imatrix|.*-(?!00001)\d{5}-of-\d{5}\.gguf\Z")
+    return sorted(each.name for each in folder.glob("*.gguf") if not other.match(each.name))
 
 
 def is_local(path: str) -> bool:

@@ -21,7 +21,6 @@ from engine.contexts import (
 from engine.errors import Problem, RecipeError
 from engine.loading import (
     checkpoint,
-    gguf_compare,
     gguf_config,
     gguf_header,
     gguf_tokenizer,
@@ -30,7 +29,6 @@ from engine.loading import (
 from engine.loading import common as loading
 from engine.loading.gguf_weights import Weights
 from engine.loading.prequantized import installed
-from engine.shape import read_shape
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +71,7 @@ class Gguf:
     @hookimpl
     def configure(self, context: ConfigureContext) -> ModelConfig | None:
         """Take the config from config.json, or where there is none from the file's header."""
-        if not installed(PACKAGE) or not gguf_header.is_name(self.file):
+        if not installed(PACKAGE) or not self._names_a_file:
             return None
         recipe, folder = context.recipe, context.folder
         local = model_folder.is_local(recipe.model.path)
@@ -105,7 +103,7 @@ class Gguf:
         folder = checkpoint.locate(asked.path, asked.revision, download=False)
         there = model_folder.gguf_files(folder) if folder else []
         local = model_folder.is_local(asked.path)
-        if not gguf_header.is_name(self.file):
+        if not self._names_a_file:
             why = f"load.file={self.file!r} names no .gguf file of the model's folder"
         elif local and folder and not (folder / self.file).is_file():
             why = f"load.file={self.file} is not in {folder}"
@@ -195,6 +193,11 @@ class Gguf:
             and not changed,
         )
 
+    @property
+    def _names_a_file(self) -> bool:
+        """Tell whether `file` can be one of the model's folder."""
+        return self.file.endswith(".gguf") and not model_folder.escapes(self.file)
+
     def _fetch(self, recipe: Recipe) -> Path:
         """Return the folder of a hub model, with the file and what lies beside it."""
         asked, parts = recipe.model, gguf_header.siblings(self.file)
@@ -204,6 +207,5 @@ class Gguf:
     def _verify(self, folder: Path) -> gguf_header.GgufHeader:
         """Return the file's header, once it has proven to be of the config's model."""
         header = gguf_header.read(folder / self.file)
-        shape = read_shape(gguf_config.described(header, folder).config)
-        gguf_compare.verify(header, shape, beside=(folder / "config.json").is_file())
+        gguf_config.verify(header, folder)
         return header

@@ -65,8 +65,8 @@ def test_a_file_is_not_a_folder(folder: Path) -> None:
     assert "is a file: give its folder" in message
 
 
-def test_parts_of_a_gguf_file_are_listed_by_the_first(folder: Path) -> None:
-    for name in ("b-00001-of-00002.gguf", "b-00002-of-00002.gguf", "a.gguf", "c.txt"):
+def test_gguf_files_that_may_be_models_are_listed(folder: Path) -> None:
+    for name in ("b-00001-of-00002.gguf", "b-00002-of-00002.gguf", "a.gguf", "mmproj-a.gguf"):
         (folder / name).touch()
     assert model_folder.gguf_files(folder) == ["a.gguf", "b-00001-of-00002.gguf"]
 

@@ -19,10 +19,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from engine.errors import CheckpointError
-from engine.loading import gguf_compare, gguf_config, gguf_header, gguf_rope, gguf_tokenizer
+from engine.loading import gguf_config, gguf_header, gguf_rope, gguf_tokenizer
 from engine.loading.gguf_header import GgufHeader
 from engine.loading.gguf_weights import Weights
-from engine.shape import read_shape
 from tests.gguf_files import CASES, LONG, SHORT, Sample, sample
 from tests.plugins.helpers import IDS, logits
 
@@ -48,8 +47,7 @@ def judged(file: Path) -> tuple[GgufHeader, Any]:
     """Hold a file against its folder, as `check` does; give its header, and what was told."""
     header = gguf_header.read(file)
     told = gguf_config.described(header, file.parent)
-    beside = (file.parent / "config.json").is_file()
-    gguf_compare.verify(header, read_shape(told.config), beside=beside)
+    gguf_config.verify(header, file.parent)
     return header, told
 
 
@@ -165,6 +163,18 @@ HAS_DEFAULT = re.compile(
     r"rope\.|softcapping|sliding_window|head_count_kv|feed_forward_length|vocab_size|tokenizer\."
 )
 """What llama.cpp has a default for, too, and sizes: whether these are right, the tensors tell."""
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["config.json", "header"])
+@pytest.mark.parametrize("value", ["x", 3, -1, 0, 2**31, 7.5, True, [3], ["x"]], ids=repr)
+def test_a_key_of_any_value_gives_no_other_error(
+    made: Made, tmp_path: Path, value: Any, beside: bool
+) -> None:
+    one = made("gemma3")
+    folder = one.beside(tmp_path / "model") if beside else tmp_path
+    usual = answered(one.write(folder))
+    for key in [*one.keys, "gemma3.attention.sliding_window_pattern", "split.count"]:
+        told_of(one.write(folder, {key: value}), usual)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -387,6 +397,23 @@ def test_a_config_of_another_family_is_refused(made: Made, tmp_path: Path) -> No
     folder = made("qwen3").beside(tmp_path / "model")
     with pytest.raises(CheckpointError, match="model_type is qwen2 in the file and qwen3 in conf"):
         judged(made("qwen2").write(folder))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_to_go_without_config_json_is_said_where_that_works(
+    made: Made, tmp_path: Path, alone: bool
+) -> None:
+    one = made("qwen2")
+    folder = one.beside(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    keys = {} if alone else {"qwen2.context_length": None}
+    with pytest.raises(CheckpointError, match=r"rms_norm_eps is 0\.001 in the f") as refused:
+        judged(one.write(folder, keys))
+    assert ("or none: then the header tells" in str(refused.value)) == alone
+    (folder / "config.json").unlink()
+    if alone:
+        judged(folder / "x.gguf")
 
 
 def test_an_output_layer_that_is_the_embedding_rounded_otherwise_is_tied(
