@@ -93,8 +93,10 @@ def verdict(plugin: Any, session: Any, **changes: Any) -> bool:
 
 def altered(session: Any, **changes: Any) -> Any:
     """Return what looks like a session, but for `changes`."""
-    names = ("model", "config", "source_config", "built", "probe", "device", "recipe", "end_ids")
-    names += ("shape", "traits", "carrying")
+    names = (
+        "model", "config", "source_config", "built", "probe", "device", "recipe", "end_ids",
+        "shape", "traits", "carrying",
+    )  # fmt: skip
     values = {name: getattr(session, name, None) for name in names}
     return SimpleNamespace(**(values | changes))
 
