@@ -109,6 +109,13 @@ class Session:
         return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
 
     @cached_property
+    def weights_digest(self) -> str:
+        """Return a digest of every byte of the weights, read once."""
+        from engine.caching.fingerprint import weights
+
+        return weights(self.model)
+
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Return what ends an answer: the model's tokens, or the tokenizer's if it names none."""
         given = getattr(self.model.generation_config, "eos_token_id", None)
