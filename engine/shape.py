@@ -445,6 +445,9 @@ class _Reader:
     def quantization(self) -> str | None:
         """Return what packed the weights; the first configs of bitsandbytes do not say its name."""
         given = self.mapping("quantization_config")
+        if not given and self.outer("quantization_config") is not None:
+            hint = "remove it where the weights are plain, or fetch config.json again"
+            self.complain("quantization_config is empty: it does not say what packed them", hint)
         old = given.get("load_in_8bit") or given.get("load_in_4bit")
         return _text(given.get("quant_method")) or ("bitsandbytes" if old else None)
 
@@ -498,9 +501,8 @@ def _as_stored(tensors: Mapping[str, TensorSize]) -> Iterator[Weight]:
 
 
 def _split(names: Iterable[str]) -> bool:
-    """Say whether a model has a projection each for keys and for values."""
-    ends = (".k_proj.weight", ".v_proj.weight")
-    return all(any(name.endswith(end) for name in names) for end in ends)
+    """Say whether a model has a projection each for keys and for values, packed or plain."""
+    return all(any(part in name for name in names) for part in (".k_proj.", ".v_proj."))
 
 
 def _text(value: Any, *, drop: str = "") -> str | None:

@@ -11,7 +11,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import DoesNotFit
+from engine.errors import DoesNotFit, EngineError
 from engine.loading import checkpoint
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ def from_pretrained(
                 trust_remote_code=context.recipe.model.trust_remote_code,
                 **options,
             )
+        except EngineError:
+            raise
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise DoesNotFit(
                 f"the weights of {context.recipe.model.path} do not fit {context.device}: {error}",

@@ -197,7 +197,9 @@ def _save(session: Session, folder: Path) -> None:
     model.generation_config = GenerationConfig.from_model_config(model.config)
     try:
         with quiet():
-            model.save_pretrained(folder)
+            # What came packed has no way back to other names, and transformers would look for one.
+            packed = quantizer is not None and quantizer.pre_quantized
+            model.save_pretrained(folder, save_original_format=not packed)
             session.tokenizer.save_pretrained(folder)
     except (OSError, EngineError):
         raise

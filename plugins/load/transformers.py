@@ -13,6 +13,7 @@ from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
 from engine.errors import Problem
 from engine.loading import checkpoint, places, prequantized
 from engine.loading import common as loading
+from engine.loading.model_folder import is_local
 from engine.loading.placement import Placement, devices
 from engine.rules import Rule
 from engine.shape import read_shape
@@ -54,6 +55,8 @@ class LoadedCheckpoint(Loaded):
 
     files: Mapping[str, TensorInfo]
     checksums: int
+    left_out: list[str]
+    """Files beside them that hold nothing of the model."""
     held: int
     """Parameters of which a row was as in the files when they were loaded."""
     sampled: Mapping[str, torch.Tensor]
@@ -106,12 +109,20 @@ class Transformers:
         packed = "weights.packed" in context.traits
         if offloads and packed and self.offload_unpacked and "target.cuda" not in context.traits:
             yield NOTHING_PACKED.problem("load", "packed weights and a device map without a GPU")
+        asked = context.recipe.model
         if context.shape is not None:
+            if not context.shape.tensors and is_local(asked.path):
+                folder = checkpoint.locate(asked.path, asked.revision, download=False)
+                assert folder is not None
+                checkpoint.verify_files(folder, allow_pickle=self.allow_pickle)
+            checkpoint.verify_promises(context.shape)
+            prequantized.verify_signs(context.shape)
             if offloads and context.shape.quantization and not self.offload_unpacked:
                 what = f"a checkpoint packed by {context.shape.quantization} and offloading"
                 yield PACKED_OFFLOAD.problem("load", what)
-            yield from prequantized.problems(context.shape, context.target, context.traits)
-            checkpoint.verify_promises(context.shape)
+            yield from prequantized.problems(
+                context.shape, context.target, context.traits, context.dtype
+            )
 
     @hookimpl
     def load(self, context: LoadContext) -> LoadedCheckpoint:
@@ -122,7 +133,9 @@ class Transformers:
         )
         tensors = checkpoint.tensors(folder, allow_pickle=self.allow_pickle)
         config = checkpoint.read_config(folder)
-        checkpoint.verify_promises(read_shape(config, tensors))
+        shape = read_shape(config, tensors)
+        checkpoint.verify_promises(shape)
+        prequantized.verify_signs(shape)
         checksums = checkpoint.verify_checksums(folder)
         if self.scan:
             checkpoint.verify_finite(folder)
@@ -140,6 +153,8 @@ class Transformers:
         reshaped = [p for each in context.converters for p in each.source_patterns]
         if config.get("quantization_config") is None:
             checkpoint.verify_dtypes(folder, tensors, model)
+        if shape.quantization == "bitsandbytes":
+            prequantized.verify_packed(folder, tensors, model)
         checkpoint.verify_loaded(folder, info, model=model, tensors=tensors, reshaped=reshaped)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         if context.quantization.finish is not None:
@@ -150,6 +165,7 @@ class Transformers:
             device=None if self.device_map is None else places.main_device(model),
             files=tensors,
             checksums=checksums,
+            left_out=checkpoint.left_out(folder, tensors),
             held=_as_in_the_files(model, tensors),
             sampled=loading.sample(model),
         )
@@ -180,6 +196,11 @@ class Transformers:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": ", ".join(sorted(where)),
                 "files verified by checksum": loaded.checksums,
+                **(
+                    {"safetensors files left out": checkpoint.some(loaded.left_out)}
+                    if loaded.left_out
+                    else {}
+                ),
             },
             ok=(kinds == {session.device.type} or set(where) <= spread)
             and not model.training
