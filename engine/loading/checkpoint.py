@@ -49,6 +49,7 @@ __all__ = [
     "generation_config",
     "left_out",
     "locate",
+    "other_parts",
     "read_config",
     "read_header",
     "some",
@@ -70,6 +71,11 @@ _RELICS = ("*.attn.bias", "*.attn.attention.bias", "*.masked_bias")
 _PARTS = "model|transformer|gpt_neox|decoder|language_model"
 _LAYER = re.compile(rf"(?:(?:{_PARTS})\.)*(?:layers|h)\.(\d+)\.")
 _LAYER_LOOP = re.compile(r"range\(config\.(?:num_hidden_layers|n_layer)\)")
+_OTHER_PART = re.compile(
+    r"(?:[a-z]\w*\.)*?(?:\w+_)?(?:vision|visual|image|images|video|audio|speech|sound|vq|vqmodel|mm|"
+    r"multi_modal|multimodal|projector|connector|resampler|perceiver|qformer|talker|token2wav|"
+    r"code2wav)(?:_\w+)?(?:\.|$)"
+)
 _PICKLES = "pytorch_model*.bin"
 _PACKED_HERE = ".quant_state.bitsandbytes__"
 """Behind a weight's name: how bitsandbytes packed it in 4 bits."""
@@ -309,6 +315,15 @@ def _not_finite(name: str, handle: Any) -> str:
     return f"{name} ({nan} NaN and {inf} Inf of {tensor.numel()})"
 
 
+def other_parts(info: Mapping[str, Any]) -> list[str]:
+    """Return the tensors of parts that a text model has no place for: those that see or hear.
+
+    None where anything is missing: then config.json is more likely that of another model.
+    """
+    surplus = [] if info["missing_keys"] else info["unexpected_keys"]
+    return sorted(name for name in surplus if _OTHER_PART.match(name))
+
+
 def verify_loaded(
     folder: Path,
     info: Mapping[str, Any],
@@ -324,13 +339,15 @@ def verify_loaded(
     Load with `ignore_mismatched_sizes=True`, so that shapes are told here. transformers does not
     compare those of layers that it quantizes: with `tensors` they are, but for names in which an
     expression of `reshaped` is found. Tied weights and what the model's class ignores are not in
-    `info` anymore; the two `expected_…` are names or patterns (`*.bias`) of what else may differ.
-    Raises CheckpointError with all differences.
+    `info` anymore, and `other_parts` may be left out; the two `expected_…` are names or patterns
+    (`*.bias`) of what else may differ. Raises CheckpointError with all differences.
     """
     missing = _unmatched(info["missing_keys"], expected_missing)
     unlisted = sorted(_unlisted(folder).intersection(missing)) if missing else []
     missing = [name for name in missing if name not in unlisted]
-    unexpected = _unmatched(info["unexpected_keys"], [*_RELICS, *expected_unexpected])
+    left = {*_RELICS, *expected_unexpected, *other_parts(info)}
+    unexpected = _unmatched(info["unexpected_keys"], left)
+    renamed = [name for name in missing if any(each.endswith(f".{name}") for each in unexpected)]
     differing = [
         *info["mismatched_keys"],
         *_linear_mismatches(tensors or {}, model, [re.compile(each) for each in reshaped]),
@@ -345,7 +362,10 @@ def verify_loaded(
         (
             missing,
             f"missing from the checkpoint that the config promises ({kind} has {total})",
-            "config.json has more layers than the weights, or weights are missing or renamed",
+            f"they may be there under other names, as part of a larger model ({unexpected[0]}, …): "
+            "take its config.json, or rename them"
+            if renamed
+            else "config.json has more layers than the weights, or weights are missing or renamed",
         ),
         (
             unlisted,
@@ -353,7 +373,7 @@ def verify_loaded(
             "the index is incomplete: fetch it again, or save the checkpoint anew",
         ),
         (
-            unexpected,
+            [] if renamed else unexpected,
             f"of the checkpoint without a place in {kind}",
             "config.json has fewer layers than the weights, or is another model's",
         ),
@@ -378,11 +398,17 @@ def verify_loaded(
         raise CheckpointError(problems)
 
 
-def verify_dtypes(folder: Path, tensors: Mapping[str, TensorInfo], model: PreTrainedModel) -> None:
+def verify_dtypes(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    model: PreTrainedModel,
+    left_out: Collection[str] = (),
+) -> None:
     """Raise CheckpointError for weights that are not plain floating point numbers.
 
-    For checkpoints that do not say that they are quantized. transformers takes what there is:
-    codes without their scales as weights, of complex numbers the real part.
+    For checkpoints that do not say that they are quantized; those of `left_out` are no matter.
+    transformers takes what there is: codes without their scales as weights, of complex numbers the
+    real part.
     """
     buffers = {name for name, _ in model.named_buffers()}
     prefix = f"{model.base_model_prefix}."
@@ -391,6 +417,7 @@ def verify_dtypes(folder: Path, tensors: Mapping[str, TensorInfo], model: PreTra
         f"{name} is {info.dtype}"
         for name, info in tensors.items()
         if info.dtype not in FLOATS
+        and name not in left_out
         and not buffers & {name, prefix + name, name.removeprefix(prefix)}
         and not any(each.search(name) for each in ignored)
     ]

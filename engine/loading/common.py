@@ -172,16 +172,15 @@ def quiet() -> Iterator[None]:
 def _registered(config: PretrainedConfig, converters: Sequence[WeightConverter]) -> Iterator[None]:
     """Add converters to those of the model's type, for the time of one load."""
     from transformers import conversion_mapping
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not converters:
         yield
         return
     registry: Any = conversion_mapping
     # transformers looks under the class first, then under the type; the first found is used alone.
-    names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), config.model_type]
+    names = _names_of_class(config)
     found = {name: registry.get_checkpoint_conversion_mapping(name) for name in names}
-    key = next((name for name in names if found[name] is not None), config.model_type)
+    key = next((name for name in names if found[name] is not None), names[-1])
     ours = key in registry.USER_REGISTERED_MAPPINGS
     registry.register_checkpoint_conversion_mapping(
         key, [*(found[key] or []), *converters], overwrite=True
@@ -195,3 +194,17 @@ def _registered(config: PretrainedConfig, converters: Sequence[WeightConverter])
             registry._checkpoint_conversion_mapping_cache[key] = found[key]
         if not ours:
             registry.USER_REGISTERED_MAPPINGS.discard(key)
+
+
+def _names_of_class(config: PretrainedConfig) -> tuple[str, str]:
+    """Return the class that is made of a config, and the type of model that this calls itself.
+
+    Some models of several parts have a class for the text alone, as Llama 4 has.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = mapping.get(type(config), None)
+    text = config.get_text_config()
+    own = text if getattr(kind, "config_class", None) is type(text) else config
+    return getattr(kind, "__name__", ""), own.model_type

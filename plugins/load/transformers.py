@@ -57,6 +57,8 @@ class LoadedCheckpoint(Loaded):
     checksums: int
     left_out: list[str]
     """Files beside them that hold nothing of the model."""
+    others: int
+    """Tensors of parts that see or hear, for which a text model has no place."""
     held: int
     """Parameters of which a row was as in the files when they were loaded."""
     sampled: Mapping[str, torch.Tensor]
@@ -151,11 +153,12 @@ class Transformers:
         loading.own(model)
         self._placement.verify(model)
         reshaped = [p for each in context.converters for p in each.source_patterns]
-        if config.get("quantization_config") is None:
-            checkpoint.verify_dtypes(folder, tensors, model)
         if shape.quantization == "bitsandbytes":
             prequantized.verify_packed(folder, tensors, model)
         checkpoint.verify_loaded(folder, info, model=model, tensors=tensors, reshaped=reshaped)
+        others = checkpoint.other_parts(info)
+        if config.get("quantization_config") is None:
+            checkpoint.verify_dtypes(folder, tensors, model, others)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         if context.quantization.finish is not None:
             context.quantization.finish(model)
@@ -166,6 +169,7 @@ class Transformers:
             files=tensors,
             checksums=checksums,
             left_out=checkpoint.left_out(folder, tensors),
+            others=len(others),
             held=_as_in_the_files(model, tensors),
             sampled=loading.sample(model),
         )
@@ -178,11 +182,16 @@ class Transformers:
         where, buffers = places.bytes_by_place(model), list(model.buffers())
         kinds = {str(place).partition(":")[0] for place in where}
         spread = devices(getattr(model, "hf_device_map", None)) or {str(session.device)}
+        whose = "all that the text model has of the" if loaded.others else "all of the"
+        place = "in memory" if "disk" not in where else "in memory or on disk"
+        more: dict[str, str | int] = {}
+        if loaded.others:
+            more["tensors of parts that see or hear, left out"] = loaded.others
+        if loaded.left_out:
+            more["safetensors files left out"] = checkpoint.some(loaded.left_out)
         yield Receipt(
             slot="load",
-            claim="all of the checkpoint is in memory, and nothing else"
-            if "disk" not in where
-            else "all of the checkpoint is in memory or on disk, and nothing else",
+            claim=f"{whose} checkpoint is {place}, and nothing else",
             evidence={
                 "class": type(model).__name__,
                 "tensors in the files": len(loaded.files),
@@ -196,11 +205,7 @@ class Transformers:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": ", ".join(sorted(where)),
                 "files verified by checksum": loaded.checksums,
-                **(
-                    {"safetensors files left out": checkpoint.some(loaded.left_out)}
-                    if loaded.left_out
-                    else {}
-                ),
+                **more,
             },
             ok=(kinds == {session.device.type} or set(where) <= spread)
             and not model.training
