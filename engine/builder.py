@@ -19,6 +19,7 @@ from engine.contexts import (
     QuantizeContext,
     TaskContext,
 )
+from engine.decoding.stop_strings import never_produced
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
 from engine.loading import checkpoint
 from engine.loading.common import give_back, quiet
@@ -141,6 +142,11 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
             end_ids=session.end_ids,
         )
     )
+    stops = getattr(recipe.decode, "stop", ())
+    session.notes += [
+        f"decode.stop: {stop!r} never comes, for no tokens of this model make it"
+        for stop in never_produced(session.tokenizer, stops)
+    ]
     built["task"] = hooks.task(TaskContext(session=session))
     progress("proving each choice")
     with failing_together(session), hooks.blaming(hooks.slot("task"), "task"):

@@ -428,6 +428,8 @@ class Output:
     finish_reason: str
     """'stop' (end token or stop string), 'length' (`decode.max_new_tokens`), 'context' (full)."""
     figures: Figures
+    notes: Sequence[str] = ()
+    """What the user should know of this answer, although nothing is wrong."""
 
 
 class Stream(Protocol):

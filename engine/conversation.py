@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engine.caching import cache_file, fingerprint
 from engine.caching.continuing import common, cut, held_at_most, room_needed, tokens_held
 from engine.contexts import KeyValues, Receipt
+from engine.encoding import encode
 from engine.errors import Problem, RecipeError
 from engine.generate import TextStream, check_prompt, room_for
 from engine.positions.rotary import frequency_set
@@ -57,7 +58,7 @@ class Conversation:
                 "not converse",
                 hint="engine run instead, or put a chat_template.jinja beside its tokenizer",
             )
-        try_out(session.tokenizer, system=system is not None)
+        try_out(session.tokenizer, system=system, turns=2)
         self._session = session
         self._share = share
         self._values: KeyValues | None = None
@@ -137,7 +138,7 @@ class Conversation:
         if self._unread is not None:
             self._unread.close()
         messages = [*self.messages, {"role": "user", "content": message}]
-        ids = self._tokens(messages)
+        ids, notes = self._tokens(messages)
         check_prompt(self._session, ids)
         cache, why_anew = self._cache_for(ids)
         kept = tokens_held(cache) if cache is not None else 0
@@ -151,7 +152,9 @@ class Conversation:
             if cache is not None:
                 self.receipt = self._prove(len(ids), kept, len(new), sent, why_anew)
 
-        self._unread = TextStream(self._session, ids, cache, room=room, finished=finished)
+        self._unread = TextStream(
+            self._session, ids, cache, room=room, notes=notes, finished=finished
+        )
         return self._unread
 
     def _prove(self, total: int, kept: int, new: int, sent: int, why_anew: str) -> Receipt:
@@ -171,27 +174,25 @@ class Conversation:
             ok=sent <= total - kept + new,
         )
 
-    def _tokens(self, messages: list[dict[str, str]]) -> list[int]:
+    def _tokens(self, messages: list[dict[str, str]]) -> tuple[list[int], list[str]]:
+        """Return the tokens of all messages, and what the user should know of them."""
         tokenizer = self._session.tokenizer
         text = render(tokenizer, messages)
-        encoded = tokenizer(
-            text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast
-        )
-        whole = list(encoded["input_ids"])
+        encoded = encode(tokenizer, text, add_special_tokens=False)
         said = str(
             tokenizer.decode(
                 self._ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
         if not self._ids or not tokenizer.is_fast or not text.startswith(said):
-            return whole
+            return encoded.ids, encoded.notes
         # Tokenizing an answer again can split it otherwise than the model wrote it: what was said
         # keeps its tokens, what follows is as it is in its place.
-        spans = encoded["offset_mapping"]
+        spans = encoded.spans
         tail = next((i for i, (start, _) in enumerate(spans) if start >= len(said)), len(spans))
         if 0 < tail < len(spans) and spans[tail - 1][1] <= len(said):
-            return self._ids + whole[tail:]
-        return whole
+            return self._ids + encoded.ids[tail:], encoded.notes
+        return encoded.ids, encoded.notes
 
     def _cache_for(self, ids: list[int]) -> tuple[Cache | None, str]:
         """Return a cache that holds a beginning of `ids`, never all, and why if it is a new one."""

@@ -12,25 +12,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.contexts import Figures, Generation, KeyValues, Output, Step
-from engine.decoding.detokenize import Detokenizer, StopStrings
+from engine.decoding.stop_strings import StoppingText
+from engine.encoding import Encoded
 from engine.errors import Problem, RuntimeFailure
 from engine.positions.rotary import frequency_set
 
 if TYPE_CHECKING:
     from transformers import Cache
 
+    from engine.recipe import Recipe
     from engine.session import Session
+
+
+STRETCHING = ("yarn", "linear", "learned")
+"""Choices of `position_encoding` by whose option `factor` the context grows, to be tried."""
 
 
 class Answer:
     """One sequence's answer while it grows: its tokens, its text, its figures."""
 
-    def __init__(self, session: Session, prompt: Sequence[int], clock: Clock) -> None:
+    def __init__(
+        self, session: Session, prompt: Sequence[int], clock: Clock, notes: Sequence[str] = ()
+    ) -> None:
         self._session = session
+        self._notes = notes
         self._prompt_tokens = len(prompt)
         self._clock = clock
-        self._detokenizer = Detokenizer(session.tokenizer, prompt)
-        self._stops = StopStrings(getattr(session.recipe.decode, "stop", ()))
+        stops = getattr(session.recipe.decode, "stop", ())
+        self._text = StoppingText(session.tokenizer, prompt, stops)
         self._last: Step | None = None
         self.tokens: list[int] = []
         self.text = ""
@@ -38,19 +47,17 @@ class Answer:
     @property
     def ended(self) -> bool:
         """Tell whether its end token or a stop string came."""
-        return self._stops.found or not self._session.end_ids.isdisjoint(self.tokens[-1:])
+        return self._text.stopped or not self._session.end_ids.isdisjoint(self.tokens[-1:])
 
     def push(self, token: int, step: Step) -> str:
         """Take the token that `step` holds for this sequence, and return what can be shown."""
         self._last = step
         self.tokens.append(token)
-        return self._show(self._stops.push(self._detokenizer.push(token)))
+        return self._show(self._text.push(token))
 
     def finish(self) -> str:
         """Return what was held back."""
-        if self._stops.found:
-            return ""
-        return self._show(self._stops.push(self._detokenizer.finish()) + self._stops.finish())
+        return self._show(self._text.finish())
 
     def output(self, limit: int, room: int) -> Output:
         """Return the whole answer."""
@@ -62,6 +69,7 @@ class Answer:
             token_ids=self.tokens,
             finish_reason=reason,
             figures=self._clock.figures(self._prompt_tokens, len(self.tokens), self._last),
+            notes=self._notes,
         )
 
     def _show(self, piece: str) -> str:
@@ -81,6 +89,7 @@ class TextStream:
         cache: Cache | None,
         *,
         room: int,
+        notes: Sequence[str] = (),
         finished: Callable[[list[int], str, int], None] | None = None,
     ) -> None:
         """Prepare to answer.
@@ -88,6 +97,7 @@ class TextStream:
         Args:
             prompt: all tokens of the sequence, those that `cache` holds included.
             room: new tokens that still fit into context and cache.
+            notes: what the user should know of the prompt.
             finished: called with new tokens, text, and how many tokens went through the model for
                 them, less what was tried and discarded; also when the answer was broken off.
         """
@@ -95,6 +105,7 @@ class TextStream:
         self._prompt = prompt
         self._cache = cache
         self._room = room
+        self._notes = notes
         self._finished = finished
         self._pieces = self._run()
 
@@ -112,7 +123,7 @@ class TextStream:
         session = self._session
         wanted = session.recipe.decode.max_new_tokens
         clock = Clock(session)
-        answer = Answer(session, self._prompt, clock)
+        answer = Answer(session, self._prompt, clock, self._notes)
         session.observe("started", prompt_tokens=len(self._prompt))
         try:
             with reporting(session):
@@ -139,29 +150,30 @@ class TextStream:
 
 
 def answer_batch(
-    session: Session, prompts: list[list[int]], cache: Cache | None = None
+    session: Session, texts: Sequence[Encoded], cache: Cache | None = None
 ) -> list[Output]:
     """Answer prompts of different lengths together, padded on the left.
 
     Args:
         cache: holds the first columns of all rows, padding included; a new one where it is None.
     """
-    if not prompts:
+    if not texts:
         return []
+    prompts = [text.ids for text in texts]
     for prompt in prompts:
         check_prompt(session, prompt)
     wanted = session.recipe.decode.max_new_tokens
     longest = max(prompts, key=len)
     if len({frequency_set(session.config, len(prompt) + wanted) for prompt in prompts}) > 1:
         # The longest text would set the rotary frequencies of all.
-        return [answer_batch(session, [prompt])[0] for prompt in prompts]
+        return [answer_batch(session, [text])[0] for text in texts]
     if cache is None:
         values, room = begin(session, longest, batch=len(prompts))
         cache = values.cache
     else:
         room = room_for(session, cache, len(longest))
     clock = Clock(session)
-    answers = [Answer(session, prompt, clock) for prompt in prompts]
+    answers = [Answer(session, text.ids, clock, text.notes) for text in texts]
     session.observe("started", prompt_tokens=sum(map(len, prompts)))
     with reporting(session):
         with closing(steps(session, prompts, cache, min(wanted, room), clock)) as found:
@@ -221,21 +233,33 @@ def check_prompt(session: Session, prompt: Sequence[int]) -> None:
             Problem(
                 message=f"the prompt has {len(prompt)} tokens; the model has positions for "
                 f"{limit}, prompt and answer together",
-                hint="shorten the prompt, or stretch the positions: "
-                + _farther(session, len(prompt)),
+                hint="shorten the prompt" + _or_farther(session, len(prompt)),
                 code="context-length-exceeded",
             )
         )  # fmt: skip
 
 
-def _farther(session: Session, tokens: int) -> str:
-    """Return what to type for room for a prompt and its answer."""
-    limit, plugin = session.context_tokens or tokens, session.recipe.position_encoding
-    times = ceil((tokens + session.recipe.decode.max_new_tokens) / limit)
-    for option in ("factor", "group_size"):
-        if isinstance(now := getattr(plugin, option, None), int | float):
-            return f"position_encoding.{option}={ceil(now * times)}"
-    return f"position_encoding=yarn position_encoding.factor={times}"
+def _or_farther(session: Session, tokens: int) -> str:
+    """Return what to type for room for a prompt and its answer; '' where nothing gives that."""
+    from engine.hints import first_that_works
+    from engine.verdict import judge
+
+    slot, plugin = "position_encoding", session.recipe.position_encoding
+    needed = tokens + session.recipe.decode.max_new_tokens
+    times = ceil(needed / (session.context_tokens or needed))
+    now = {name: getattr(plugin, name, None) for name in ("factor", "group_size")}
+    candidates = [
+        *([f"{slot}.{k}={ceil(v * times)}"] for k, v in now.items() if isinstance(v, int | float)),
+        *([f"{slot}={name}", f"{slot}.factor={times}"] for name in STRETCHING),
+    ]
+
+    def reaches(changed: Recipe) -> bool:
+        found = judge(changed)
+        limit = None if found.shape is None else found.shape.max_positions
+        return found.ok and (limit is None or limit >= needed)
+
+    found = first_that_works(session.recipe, candidates, reaches)
+    return found and f", or stretch the positions: {found}"
 
 
 def room_for(session: Session, cache: Cache | None, length: int) -> int:

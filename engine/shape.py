@@ -7,12 +7,13 @@ from `engine.families`. What neither tells counts as unknown.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from engine.blueprint import drawing
 from engine.blueprint.drawing import Blueprint, Weight
@@ -22,12 +23,24 @@ from engine.families import family
 MOST_LAYERS = 10_000
 """More than any model has; a count beyond is a mistake, and a list as long takes minutes."""
 
+MOST_POSITIONS = 10**9
+"""More than any model has."""
+
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
 HEADS = ("num_attention_heads", "n_head", "n_heads")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
 VOCABULARY = ("vocab_size", "n_vocab", "padded_vocab_size")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+LONGEST = ("model_max_length", "max_sequence_length")
+"""What some configs state beside that: the longest text, once rotary positions are stretched."""
+
+ORIGINAL = "original_max_position_embeddings"
+
+STRETCHED = frozenset({"linear", "dynamic", "yarn", "llama3", "longrope", "su"})
+"""Kinds of rotary positions that reach `factor` times as far as those that were trained first."""
+UP_TO = frozenset({"llama3", "longrope", "su"})
+"""Those of which a config states how far the model was then trained, which may be less."""
 
 TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
 """Where a config of several parts keeps the language model."""
@@ -77,6 +90,8 @@ class ModelShape:
     vocab_size: int
     max_positions: int | None
     """Tokens that the model was made for; None where its code sets no limit."""
+    stated_positions: int | None = None
+    """What config.json states of them, before rotary positions are stretched."""
     position: str
     """'rope', 'learned', 'alibi', 'sinusoidal' or 'none'."""
     rope_type: str = ""
@@ -178,6 +193,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         head_dim=head_dim,
         vocab_size=vocabulary,
         max_positions=reader.max_positions(position),
+        stated_positions=reader.stated_positions,
         position=position,
         rope_type=reader.rope_type() if position == "rope" else "",
         rope_parameters=MappingProxyType(dict(reader.rope_parameters)),
@@ -433,14 +449,48 @@ class _Reader:
 
     def positive(self, name: str, value: Any) -> None:
         """Note a problem of what should be a number above zero, where it is stated."""
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < float("inf")):
+        if value is not None and not (_is_number(value) and 0 < value < math.inf):
             self.complain(f"{name} must be a number above 0, not {value!r}")
 
+    @cached_property
+    def stated_positions(self) -> int | None:
+        """Return the longest text that the config states."""
+        return self.optional(*POSITIONS)
+
     def max_positions(self, position: str) -> int | None:
-        """Return the longest text that the model was made for."""
-        # ALiBi has no end, but MPT makes its biases once, for max_seq_len tokens.
-        return self.optional(*(("max_seq_len",) if position == "alibi" else POSITIONS))
+        """Return the longest text that the model was made for, stretched as the config says."""
+        if position == "alibi":
+            # It has no end, but MPT makes its biases once, for max_seq_len tokens.
+            return self.optional("max_seq_len")
+        stated = self.stated_positions
+        if position != "rope" or stated is None:
+            return stated
+        return max(stated, *self._stretched(stated), *map(self._further, LONGEST))
+
+    def _stretched(self, stated: int) -> Iterator[int]:
+        """Yield how far stretched rotary positions reach: `factor` times what was trained first.
+
+        Without an original length that is what the config states: those who write `rope_scaling`
+        are asked to leave `max_position_embeddings` as it was (documentation of transformers).
+        Configs with parameters for each type of layer, as Gemma's, state the whole of it.
+        """
+        made = self.made.get("rope_parameters")  # which divides one set among types of layers
+        given = made if isinstance(made, Mapping) and made else self.rope_parameters
+        kinds = [kind for label, kind in given.items() if label not in WINDOWED]
+        each_layer = [kind for kind in kinds if isinstance(kind, Mapping)]
+        for kind in each_layer or [given]:
+            name = kind.get("rope_type") or kind.get("type")
+            factor, original = kind.get("factor"), kind.get(ORIGINAL) or self.get(ORIGINAL)
+            original = original or (None if each_layer else stated)
+            if name not in STRETCHED or not _is_number(factor) or not _is_number(original):
+                continue
+            if name not in UP_TO or stated <= original:
+                yield int(factor * original)
+
+    def _further(self, name: str) -> int:
+        value = self.get(name)
+        # Tokenizers that state no limit state one of 10 to the power of 30.
+        return value if type(value) is int and value < MOST_POSITIONS else 0
 
     def quantization(self) -> str | None:
         """Return what packed the weights; the first configs of bitsandbytes do not say its name."""
@@ -503,6 +553,10 @@ def _as_stored(tensors: Mapping[str, TensorSize]) -> Iterator[Weight]:
 def _split(names: Iterable[str]) -> bool:
     """Say whether a model has a projection each for keys and for values, packed or plain."""
     return all(any(part in name for name in names) for part in (".k_proj.", ".v_proj."))
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(value: Any, *, drop: str = "") -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.calls import Chosen
@@ -64,12 +64,27 @@ class Verdict:
 def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     """Judge a recipe by its options, the model's shape, and the target.
 
+    What its problems say to type instead has been tried.
+
     Args:
         target: another one than the recipe's, as the machine where it is about to be built.
 
     Raises:
         PluginError: when a plugin breaks the hook contract.
     """
+    found = judge(recipe, target=target)
+    if not found.problems:
+        return found
+    from engine.hints import tried  # composing, which it needs, is not always needed
+
+    def wrong(other: Recipe) -> list[Problem]:
+        return judge(other, target=target).problems
+
+    return replace(found, problems=tried(recipe, found.problems, wrong))
+
+
+def judge(recipe: Recipe, *, target: Target | None = None) -> Verdict:
+    """Judge a recipe as `check` does, and leave untried what its problems say to type instead."""
     hooks = Hooks(
         Chosen(slot, recipe.choices.get(slot, slot), plugin)
         for slot, plugin in slots(recipe).items()
@@ -100,7 +115,7 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     # How much of a model that is spread lies on which device, accelerate decides when it loads.
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
     excess = [] if spread or pricer is None else pricer.refusal()
-    notes = [*_notes(hooks, traits), *_end_of_context(context)]
+    notes = [*_notes(hooks, traits), *_context(context)]
     if reshaped is not None and not reshaped.weighed:
         notes.append("what its weights take is not known before they are on this machine")
     return Verdict(recipe, hooks, target, reshaped, excess, pricer, DoesNotFit, notes)
@@ -167,8 +182,15 @@ def _unmet(hooks: Hooks, traits: Mapping[str, str], context: CheckContext) -> It
                 yield _refusal(one.slot, "trait-excluded", what, why)
 
 
-def _end_of_context(context: CheckContext) -> Iterable[str]:
-    """Note an answer that can never become as long as it is asked for."""
+def _context(context: CheckContext) -> Iterable[str]:
+    """Note a context that is not what config.json states, and answers that go beyond its end."""
+    shape = context.shape
+    if shape and shape.position == "rope" and shape.max_positions != shape.stated_positions:
+        yield (
+            f"config.json states {shape.stated_positions:,} positions, and stretches them to "
+            f"{shape.max_positions:,}"
+            + (f" (rope_type {shape.rope_type})" if shape.rope_type != "default" else "")
+        )
     asked = getattr(context.recipe.decode, "max_new_tokens", 0)
     end = limit(context.recipe, context.reshaped) if context.reshaped else None
     if end is not None and asked + (context.recipe.workload.prompt_tokens or 0) > end:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import engine
@@ -160,10 +160,11 @@ def test_a_broken_off_answer_leaves_the_next_turn_right(build: Build) -> None:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_a_template_that_rewrites_history_is_followed(build: Build, cache: str) -> None:
-    """Some templates drop old reasoning: what was processed is then no longer what is asked."""
+    """Some templates add to the last message: what was processed is no longer what is asked."""
     session = build(f"cache={cache}", "decode.max_new_tokens=6")
     session.tokenizer.chat_template = (
-        "{% for m in messages[-1:] %}{{ m['role'] }} says {{ m['content'] }}\n{% endfor %}reply:"
+        "{% for m in messages %}{{ 'now ' if loop.last }}{{ m['role'] }} says {{ m['content'] }}\n"
+        "{% endfor %}reply:"
     )
     for _, ids, new in _converse(session):
         assert new == _fresh(session, ids, len(new))
@@ -172,10 +173,10 @@ def test_a_template_that_rewrites_history_is_followed(build: Build, cache: str) 
 def test_the_same_message_again_is_not_fed_twice(build: Build) -> None:
     """A cache that covers the whole prompt makes `generate` feed everything again, wrongly."""
     session = build("decode.max_new_tokens=6")
-    session.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
     chat = Conversation(session)
     answers = []
     for _ in range(3):
+        chat.messages.clear()
         stream = chat.send("exactly this")
         for _ in stream:
             pass
@@ -282,7 +283,9 @@ def test_the_tail_is_tokenized_in_its_place() -> None:
     chat = Conversation.__new__(Conversation)
     chat._session = cast(Session, SimpleNamespace(tokenizer=tokenizer))
     chat._ids = list(tokenizer("hello")["input_ids"])
-    ids = chat._tokens([{"role": "user", "content": "hello"}, {"role": "user", "content": "bye"}])
+    ids, _ = chat._tokens(
+        [{"role": "user", "content": "hello"}, {"role": "user", "content": "bye"}]
+    )
     assert ids == list(tokenizer("hellobye")["input_ids"])
 
 
@@ -314,3 +317,30 @@ def test_feeding_everything_again_is_a_contradiction(build: Build) -> None:
         pass
     assert chat.receipt is not None
     assert not chat.receipt.ok
+
+
+def test_a_template_that_wants_parts_gets_them(build: Build) -> None:
+    """It made nothing of text, and the model never saw what was said."""
+    session = build("decode.max_new_tokens=6")
+    session.tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {% for part in m['content'] %}"
+        "{{ part['text'] }}{% endfor %}</s>\n{% endfor %}{% if add_generation_prompt %}"
+        "<s>assistant: {% endif %}"
+    )
+    for chat, ids, new in _converse(session):
+        said = str(session.tokenizer.decode(ids))
+        assert all(message["content"] in said for message in chat.messages[:-1])
+        assert new == _fresh(session, ids, len(new))
+
+
+def test_words_without_a_token_are_told(build: Build) -> None:
+    session = build("decode.max_new_tokens=2", "task.chat_template=true")
+    session.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u20ac", "")
+    alone, rows = session.generate("a \u20ac b"), session.generate(["a \u20ac b", "a b"])
+    stream = session.chat().send("a \u20ac b")
+    for _ in stream:
+        pass
+    for output in (alone, rows[0], stream.output):
+        (note,) = output.notes
+        assert "cannot tell it of all of the prompt: '\u20ac'" in note
+    assert not rows[1].notes

@@ -111,24 +111,26 @@ def refuse(
     context: CheckContext, window: int, sinks: int = 0, option: str = "size"
 ) -> Iterator[Problem]:
     """Refuse a window that holds no token, and one that hides none."""
-    name = f"attention.{option}"
+    name, shape = f"attention.{option}", context.reshaped
+    limits = []
+    if shape is not None:
+        kinds = {kind for kind in shape.layer_types if kind not in WITHOUT_KEYS}
+        own = shape.sliding_window if kinds and kinds <= WINDOWED else None
+        limits = [(own, "window of its own"), (shape.max_positions, "context")]
+    known = [(least, what) for least, what in limits if least is not None]
+    usual = min([1024, *(max(1, least // 2 - sinks) for least, _ in known)])
     if window < 1:
         message = f"{name}={window}: a token must see itself, at least"
-        yield Problem(slot="attention", code="value", message=message, hint=f"{name}=1024")
+        yield Problem(slot="attention", code="value", message=message, hint=f"{name}={usual}")
         return
-    shape = context.reshaped
-    if shape is None:
-        return
-    kinds = {kind for kind in shape.layer_types if kind not in WITHOUT_KEYS}
-    own = shape.sliding_window if kinds and kinds <= WINDOWED else None
-    for least, what in ((own, "window of its own"), (shape.max_positions, "context")):
-        if least is not None and window + sinks >= least:
+    for least, what in known:
+        if shape is not None and window + sinks >= least:
             yield Problem(
                 slot="attention",
                 code="does-nothing",
                 message=f"{name}={window} hides nothing: {shape.model_type} has a {what} of "
                 f"{least} tokens",
-                hint=f"{name}={max(1, least // 2 - sinks)}, or attention=native",
+                hint=f"{name}={usual}, or attention=native",
             )
             return
 

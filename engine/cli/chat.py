@@ -137,6 +137,7 @@ def _report(session: Session, conversation: Chat, output: Output, *, json: bool)
         common.print_json(common.as_json(output, receipts, plan=found.as_dict()))
         return
     print()
+    common.print_notes(output.notes)
     line = common.figures_line(output.figures, output.finish_reason, session.device.type)
     kept = f" · {receipt.evidence['from_cache']} tokens from the cache" if receipt else ""
     print(f"\n{line}{kept}\n{common.planned(found)}\n", file=sys.stderr)

@@ -81,41 +81,46 @@ def _is_name(word: str) -> bool:
 def read_prompt(text: str | None) -> str:
     """Return the prompt that `-p` means: text, @FILE, or '-' for standard input.
 
-    The line break at the end of a file is the file's, not the prompt's.
+    The same text is the same prompt by each of them: line breaks are those of Unix, and neither the
+    mark at the beginning of a file nor the line break at its end is part of it.
     """
     if text is None:
         return "" if sys.stdin.isatty() else _stdin()
     if text == "-":
         return _stdin()
     if not text.startswith("@"):
-        return _utf8(os.fsencode(text), "-p TEXT")
+        return _text(os.fsencode(text), "-p TEXT")
     file = Path(text[1:]).expanduser()
     try:
-        return file.read_text(encoding="utf-8").removesuffix("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise RecipeError(
-            f"-p {text}: cannot read {file}: {error}",
+            f"-p {text}: cannot read {file}: {error.strerror}",
             hint="-p @FILE reads a UTF-8 file; to start a prompt with @, pipe it in: -p -",
         ) from error
+    return _text(content, str(file))
 
 
 def _stdin() -> str:
-    text = _utf8(streams.require_stdin().buffer.read(), "standard input")
-    return text.removesuffix("\n")
+    return _text(streams.require_stdin().buffer.read(), "standard input")
 
 
-def _utf8(text: bytes, whose: str) -> str:
+def _text(content: bytes, whose: str) -> str:
     try:
-        return text.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise not_utf8(whose, error) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
 
 
 def not_utf8(whose: str, error: UnicodeDecodeError) -> RecipeError:
     """Return the refusal of text in another encoding."""
+    utf_16 = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+    source = " -f utf-16" if utf_16 else ""
     return RecipeError(
-        f"{whose} is not UTF-8 text: {error.reason} at byte {error.start}",
-        hint="convert it: iconv -t utf-8 < FILE | engine run -p -",
+        f"{whose} is not UTF-8 text{' but UTF-16' if utf_16 else ''}: {error.reason} at byte "
+        f"{error.start}",
+        hint=f"convert it: iconv{source} -t utf-8 < FILE | engine run -p -",
     )
 
 
@@ -125,9 +130,14 @@ def build(recipe: Recipe) -> Session:
 
     with progress() as tell:
         session = build_session(recipe, progress=tell)
-    for note in session.notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_notes(session.notes)
     return session
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print on stderr what the user should know although nothing is wrong."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 @contextmanager
@@ -171,6 +181,7 @@ def as_json(output: Output, receipts: Sequence[Receipt], **more: Any) -> dict[st
         "finish_reason": output.finish_reason,
         "figures": output.figures,
         "receipts": [receipt.as_dict() for receipt in receipts],
+        "notes": list(output.notes),
         **more,
     }
 

@@ -55,10 +55,15 @@ def run(
         found = common.score(session, output.figures)
         if json:
             about = {"name": recipe.name, "digest": recipe.digest}
-            more = {"recipe": about, "plan": found.as_dict(), "notes": session.notes}
+            more = {
+                "recipe": about,
+                "plan": found.as_dict(),
+                "notes": [*session.notes, *output.notes],
+            }
             common.print_json(common.as_json(output, receipts, **more))
             return
         print()
+        common.print_notes(output.notes)
         if not quiet:
             line = common.figures_line(output.figures, output.finish_reason, session.device.type)
             print(f"\n{line}\n{common.planned(found)}\n", file=sys.stderr)

@@ -45,7 +45,8 @@ def prepare() -> None:
     sys.stdout = sys.stdout or _nothing("w")
     sys.stderr = sys.stderr or _nothing("w")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        # Without the mark that some programs put in front of UTF-8.
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
     # What a program that embeds this one put in the place of a stream is left alone.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _output(sys.stdout)

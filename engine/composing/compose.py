@@ -9,7 +9,7 @@ noted and left out; `Composing.run` raises all of them at its end.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from engine.composing.judging import judge
 from engine.composing.library import Library, config_name
 from engine.composing.mistakes import CHOICES, Mistakes, first_line, options
 from engine.composing.source import MAX_REFERENCES, TOO_MANY_REFERENCES, Keys
+from engine.composing.written import Written, leaves
 from engine.errors import EngineError, PluginError, Problem, RecipeError, choices_hint
 from engine.hookspecs import OPTIONAL_SLOTS, SLOTS
 
@@ -46,6 +47,7 @@ class Composing:
         self._name = name
         self._library = library
         self._mistakes = Mistakes(str(library.files("")[name]), library.owners)
+        self._written = Written()
         self._overrides, problems = overrides.parse(lines)
         for problem in problems:
             self._mistakes.take(RecipeError(problem))
@@ -70,6 +72,7 @@ class Composing:
         _close(config)
         for override in chosen.overrides:
             self._apply(config, override)
+        self._written.restore(config)
         values = self._build(config) if self._inspect(config) else {}
         if self._mistakes:
             judge(values, chosen.choices, self._mistakes)
@@ -100,11 +103,12 @@ class Composing:
             self._take_choices(loaded.config, prefix, part.lines, str(part.file))
             for path, line in part.lines.items():
                 self._mistakes.places[prefix + path] = f"{part.file}:{line}"
+            self._written.note(prefix, part.values, part.written)
         try:
             config.merge_with(ConfigLoaderImpl._embed_result_config(loaded, default.package).config)
         except Exception:
             values = OmegaConf.to_container(loaded.config, resolve=False)
-            for path, value in _leaves(values, prefix):
+            for path, value in leaves(values, prefix):
                 try:
                     config.merge_with(_nest(path, value))
                 except Exception as error:
@@ -151,13 +155,14 @@ class Composing:
                 self._mistakes.value(config, path, override.value(), error, where)
         else:
             self._mistakes.places[path] = where
+            self._written.note(path, override.value(), overrides.written(override))
 
     # What Hydra lets pass.
 
     def _inspect(self, config: DictConfig) -> bool:
         """Note what Hydra lets pass; tell whether the values can be resolved."""
         self._inspect_slots(config)
-        self._inspect_keys(config, ())
+        self._inspect_keys(config, config, ())
         model = _raw(config)["model"]
         named = not isinstance(model, dict) or model.get("path") not in ("", "???")
         if (
@@ -212,7 +217,7 @@ class Composing:
         deleted = [o for o in self._overrides if o.is_delete() and o.key_or_group == slot]
         return overrides.place(deleted[-1].input_line or "") if deleted else ""
 
-    def _inspect_keys(self, node: DictConfig, path: Keys) -> None:
+    def _inspect_keys(self, config: DictConfig, node: DictConfig, path: Keys) -> None:
         known = options(node)
         for key in list(node) if not node._is_none() and not node._is_missing() else ():
             here = (*path, str(key))
@@ -230,11 +235,14 @@ class Composing:
                     where=self._mistakes.where(here),
                 )
             elif isinstance(child, DictConfig):
-                self._inspect_keys(child, here)
+                self._inspect_keys(config, child, here)
+            elif isinstance(child, ListConfig) and _holds_lists(child):
+                where = self._mistakes.where(here)
+                self._mistakes.value(config, here, _raw(child), TypeError(), where)
 
     def _inspect_values(self, config: DictConfig) -> None:
         """Follow every reference, and look for options that were given no value."""
-        for keys, value in _leaves(_raw(config), ()):
+        for keys, value in leaves(_raw(config), ()):
             path = tuple(map(str, keys))
             if path[0] in self._mistakes.lost or (path == ("model", "path") and value == "???"):
                 continue
@@ -302,16 +310,15 @@ def _close(config: DictConfig) -> None:
             pending += [child for child in children if isinstance(child, DictConfig)]
 
 
-def _raw(config: DictConfig) -> Any:
+def _holds_lists(node: ListConfig) -> bool:
+    """Tell whether a list of texts or numbers has lists in it, which OmegaConf lets pass."""
+    if node._is_none() or node._is_missing() or node._metadata.element_type is Any:
+        return False
+    return any(isinstance(item, ListConfig) for item in node._content)  # type: ignore[union-attr]
+
+
+def _raw(config: DictConfig | ListConfig) -> Any:
     return OmegaConf.to_container(config, resolve=False)
-
-
-def _leaves(value: Any, path: Keys) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(value, dict) and (value or not path):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, key))
-    else:
-        yield path, value
 
 
 def _nest(path: Sequence[Any], value: Any) -> dict[Any, Any]:

@@ -41,6 +41,8 @@ class Part:
     defaults: tuple[tuple[Entry | None, Any], ...]
     """Each entry as we read it (None for `_self_`) and as Hydra gets it."""
     problems: tuple[Problem, ...]
+    written: dict[Keys, str]
+    """As `Document.written`."""
 
 
 def is_group_name(name: str) -> bool:
@@ -73,7 +75,8 @@ def read(config: str, file: Path, document: Document) -> Part:
         given = []
     reader = _Defaults(config, file, document.lines, problems)
     defaults = tuple(reader.entries(given))
-    return Part(file, package, values, document.lines, defaults, tuple(problems))
+    written = document.written
+    return Part(file, package, values, document.lines, defaults, tuple(problems), written)
 
 
 def _package(group: str, file: Path, document: Document, problems: list[Problem]) -> str | None:

@@ -34,7 +34,7 @@ def _found(
     # Not at the top: both modules start from `compose`, and a recipe without mistakes needs none.
     from engine.recipe import Model, Recipe
     from engine.target import Target
-    from engine.verdict import check
+    from engine.verdict import judge as check
 
     nameless = "model" not in values or bool(mistakes.bad & {("model",), ("model", "path")})
     values = {

@@ -254,7 +254,7 @@ def _expected(node: Node | None, key: str) -> tuple[str, str]:
     if isinstance(node, ListConfig):
         return kind, f"for example {key}=[a,b]"
     if isinstance(node, Container):
-        return kind, f"for example {key}={{a: 1}}"
+        return kind, f"for example {key}={{WORD: VALUE}}"
     default = node._value()
     example = _EXAMPLES.get(getattr(node._metadata, "object_type", None) or str, "")
     for each, text in _EXAMPLES.items():

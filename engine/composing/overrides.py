@@ -37,6 +37,7 @@ FLAGS = {
 """Words that people take for keys of a recipe, and what to type instead."""
 
 _KEY = re.compile(r"[+~]*(?P<key>\w+(\.\w+)*)=(?P<value>.*)", re.DOTALL)
+_ITEM = re.compile(r"""(?:[^,'"]|'(?:\\.|[^'])*'|"(?:\\.|[^"])*")+""")
 _PROMPT = "a prompt is given with -p TEXT or -p @FILE"
 _parsing = Lock()  # antlr shares its tables between parsers
 
@@ -101,6 +102,23 @@ def key_of(line: str) -> list[Keys]:
     """Return the key that an override was meant for, whether or not the rest can be read."""
     found = _KEY.match(line)
     return [tuple(found["key"].split("."))] if found else []
+
+
+def written(override: Override) -> dict[Keys, str]:
+    """Return what of a value Hydra takes for something else than text, as it was typed.
+
+    Returns:
+        where in the value, `()` or an index → `1e3`, `true`, …
+    """
+    value, typed = override.value(), (override.input_line or "").partition("=")[2].strip()
+    if not isinstance(value, list):
+        return {} if value is None or isinstance(value, str | dict) else {(): typed}
+    items = [item.strip() for item in _ITEM.findall(typed[1:-1])]
+    return {
+        (str(index),): item
+        for index, (item, each) in enumerate(zip(items, value, strict=False))
+        if isinstance(each, bool | int | float) and len(items) == len(value)
+    }
 
 
 def words(value: Any) -> Iterator[str]:
@@ -213,8 +231,13 @@ def _refuse_choice(override: Override, key: str, value: Any) -> Refusal | None:
 
 
 def _worded(override: Override) -> Override:
-    """Return an override with its choice as a word; `null` leaves an optional slot out."""
+    """Return an override with its choice as a word, and with words for keys.
+
+    `null` leaves an optional slot out.
+    """
     value = override.value()
+    if isinstance(value, dict | list):
+        override._value = _with_words(value)
     if override.key_or_group not in GROUPS or isinstance(value, dict | str):
         return override
     if value is None and override.key_or_group in OPTIONAL_SLOTS:
@@ -222,6 +245,13 @@ def _worded(override: Override) -> Override:
     elif not override.is_delete():
         override._value = str(as_typed(value))
     return override
+
+
+def _with_words(value: Any) -> Any:
+    """Return a value whose mappings have text as keys: options are such, as {0: 20GiB} is."""
+    if isinstance(value, dict):
+        return {str(as_typed(key)): _with_words(item) for key, item in value.items()}
+    return [_with_words(item) for item in value] if isinstance(value, list) else value
 
 
 def _keys(value: Any) -> Collection[str]:

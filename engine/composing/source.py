@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Document:
     problems: tuple[Problem, ...] = ()
     header: str | None = None
     """What `# @package …` at the top says: the key that the content belongs under."""
+    written: dict[Keys, str] = field(default_factory=dict)
+    """Values that YAML takes for something else than text, as they are written: 'no', '1.0', …"""
 
 
 def read_yaml(text: str, file: str) -> tuple[dict[Any, Any], dict[Keys, int]]:
@@ -188,6 +190,7 @@ class _Reader:
         self._loader = loader
         self._file = file
         self._lines: dict[Keys, int] = {}
+        self._written: dict[Keys, str] = {}
         self._problems: list[Problem] = []
         self._count = 0
 
@@ -199,7 +202,7 @@ class _Reader:
             self._refuse(node, "a recipe is a mapping of keys to values", _MINIMAL)
             return Document({}, {}, tuple(self._problems))
         content = self._loader.construct_document(node) if self._keep(node, (), 0) else {}
-        return Document(content, self._lines, tuple(self._problems))
+        return Document(content, self._lines, tuple(self._problems), written=self._written)
 
     def _keep(self, node: yaml.Node, path: Keys, depth: int) -> bool:
         """Say whether a node may stay; children that may not are taken out of it."""
@@ -218,6 +221,8 @@ class _Reader:
         elif isinstance(node, yaml.SequenceNode):
             node.value = list(self._items(node, path, depth))
         elif isinstance(node, yaml.ScalarNode):
+            if node.tag.rpartition(":")[2] not in ("str", "null"):
+                self._written[path] = node.value
             return self._keep_scalar(node)
         return True
 
@@ -267,6 +272,7 @@ class _Reader:
         if not isinstance(key, yaml.ScalarNode) or kind not in ("str", "int"):
             what = show(key.value) if isinstance(key, yaml.ScalarNode) else "a list or mapping"
             return self._refuse(key, f"{what} is read as {kind}, not as a key", "quote the word")
+        key.tag = "tag:yaml.org,2002:str"  # options are mappings of text, such as {0: 20GiB}
         refusal = refuse_text(key.value) or refuse_key(key.value, top=path == ())
         if refusal:
             return self._refuse(key, *refusal)

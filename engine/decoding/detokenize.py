@@ -1,4 +1,4 @@
-"""Turn tokens into text piece by piece: never half a character, never half a stop string."""
+"""Turn tokens into text piece by piece: never half a character."""
 
 from __future__ import annotations
 
@@ -47,54 +47,3 @@ class Detokenizer:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
-
-
-class StopStrings:
-    """Cut text at the first stop string, holding back what might become one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Return what can be shown after `text` arrived."""
-        self._held += text
-        cuts = [self._held.find(stop) for stop in self._stops]
-        if any(cut >= 0 for cut in cuts):
-            self.found = True
-            shown, self._held = self._held[: min(cut for cut in cuts if cut >= 0)], ""
-            return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown = self._held[: len(self._held) - keep]
-        self._held = self._held[len(shown) :]
-        return shown
-
-    def finish(self) -> str:
-        """Return what was held back for nothing."""
-        shown, self._held = self._held, ""
-        return shown
-
-
-class StopFinder:
-    """Look for stop strings in the new text of one row, so that nothing is generated behind."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt: list[int], stops: list[str]
-    ) -> None:
-        self._text = Detokenizer(tokenizer, prompt)
-        self._stops = StopStrings(stops)
-
-    def push(self, token: int) -> bool:
-        """Tell whether a stop string has come."""
-        if not self._stops.found:
-            self._stops.push(self._text.push(token))
-        return self._stops.found
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from engine.contexts import DecodeContext, Generation, Step
-from engine.decoding.detokenize import StopFinder
+from engine.decoding.stop_strings import StoppingText
 from engine.errors import RuntimeFailure
 
 if TYPE_CHECKING:
@@ -258,13 +258,13 @@ class StepDecoder:
         """Return what the decoder sets beyond that."""
         return {}
 
-    def finders(self, generation: Generation) -> list[StopFinder]:
-        """Return one finder of stop strings per row, or none where there is nothing to find."""
+    def finders(self, generation: Generation) -> list[StoppingText]:
+        """Return what looks for stop strings, per row; none where there is nothing to find."""
         if not self.options.stop:
             return []
         rows = zip(generation.input_ids, generation.attention_mask, strict=True)
         return [
-            StopFinder(self.context.tokenizer, ids[mask.bool()].tolist(), self.options.stop)
+            StoppingText(self.context.tokenizer, ids[mask.bool()].tolist(), self.options.stop)
             for ids, mask in rows
         ]
 
@@ -303,7 +303,7 @@ class TokenDecoder(StepDecoder):
                 over or t in self.context.end_ids for t, over in zip(tokens, ended, strict=True)
             ]
             if finders:
-                found = [find.push(t) for find, t in zip(finders, tokens, strict=True)]
+                found = [find.stops_at(t) for find, t in zip(finders, tokens, strict=True)]
                 ended = [over or stop for over, stop in zip(ended, found, strict=True)]
             yield tokens
             if all(ended):

@@ -174,7 +174,7 @@ class SpeculativeDecoder(TokenDecoder):
                     before = run.ids if not at else _joined(run.ids, drafts[:, :at])
                     said.append(int(pick(before, logits[:, at])))
                     ended = said[-1] in self.context.end_ids
-                    ended = ended or any(find.push(said[-1]) for find in finders)
+                    ended = ended or any(find.stops_at(said[-1]) for find in finders)
                     ended = ended or len(said) == left
                     if ended or at == drafts.shape[1] or said[-1] != int(drafts[0, at]):
                         break

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from engine import recipe as recipes
-from engine.composing.library import Library
+from engine.composing import changing
 from engine.errors import EngineError
 from engine.planning.devices import known_targets
 from engine.planning.planner import MARGIN, Plan, plan
-from engine.recipe import Recipe, Schema
+from engine.recipe import Recipe
 from engine.registry import installed
 
 SLOTS = ("attention", "cache", "quantize")
@@ -125,11 +124,11 @@ def _leaves_room(found: Plan, quantize: tuple[str, Any]) -> bool:
 
 def _alternatives(found: Plan, slot: str) -> Iterator[tuple[str, Any]]:
     """Yield the other choices of a slot that make its part of the plan smaller, with plugins."""
-    library = Library(recipes.search_folders(), recipes.installed_folders(), Schema)
+    library = changing.folders()
     seen = [getattr(found.recipe, slot)]
     for name in (*installed()[slot], *library.files(slot)):
         try:
-            plugin = _plugin(library, slot, name)
+            plugin = changing.plugin(library, slot, name)
         except (EngineError, ValueError, TypeError, LookupError):
             continue  # broken, or more than a preset of values
         if plugin in seen:
@@ -137,22 +136,6 @@ def _alternatives(found: Plan, slot: str) -> Iterator[tuple[str, Any]]:
         seen.append(plugin)
         if _smaller(found, slot, plugin):
             yield name, plugin
-
-
-def _plugin(library: Library, slot: str, name: str) -> Any:
-    """Make a plugin with its defaults, or with the values of a preset."""
-    from omegaconf import OmegaConf
-
-    node = library.options(slot, name)
-    if node is not None:
-        return OmegaConf.to_object(node)
-    part = library.part(f"{slot}/{name}")
-    assert part is not None
-    bases = [entry.choice for entry, _ in part.defaults if entry is not None]
-    (base,) = [choice for choice in bases if choice is not None]
-    plugin = _plugin(library, slot, base)
-    merged = OmegaConf.merge(OmegaConf.structured(plugin), part.values)
-    return OmegaConf.to_object(merged)
 
 
 def _smaller(found: Plan, slot: str, plugin: Any) -> bool:

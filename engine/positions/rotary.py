@@ -135,9 +135,9 @@ def longer(shape: ModelShape, factor: float, original: int | None = None) -> Mod
     return replace(shape, max_positions=int(original * factor))
 
 
-def context_of(text: PretrainedConfig) -> int:
-    """Return the context that a config of a text model states; 0 where it states none."""
-    return int(getattr(text, "max_position_embeddings", None) or 0)
+def context_of(config: PretrainedConfig) -> int:
+    """Return the context that a config states, stretched as it says; 0 where it states none."""
+    return read_shape(config.to_dict()).max_positions or 0
 
 
 def edited(
@@ -278,8 +278,8 @@ def receipt(session: Session, claim: str, *, context: int | None = None) -> Rece
     Args:
         context: what it is from now on, where the model's config does not say so.
     """
-    before = context_of(session.source_config.get_text_config())
-    after = context or context_of(session.model.config.get_text_config())
+    before = context_of(session.source_config)
+    after = context or context_of(session.model.config)
     found = measure(session.model, session.source_config.get_text_config(), tokens=after)
     return Receipt(
         slot=SLOT,

@@ -58,8 +58,7 @@ class Sinks:
                 message=f"attention.sinks={self.sinks}: without sinks it is a plain window",
                 hint="attention=window, or attention.sinks=4",
             )
-        else:
-            yield from windows.refuse(context, self.window, self.sinks, "window")
+        yield from windows.refuse(context, self.window, max(self.sinks, 1), "window")
 
     @hookimpl
     def estimate(self, context: EstimateContext) -> Iterator[Term]:

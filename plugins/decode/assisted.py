@@ -20,6 +20,7 @@ from engine.decoding.speculation import (
     refusals,
 )
 from engine.errors import CheckpointError, Problem
+from engine.positions.rotary import context_of
 from engine.rules import Rule
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class ModelDrafter:
         self._model = model
         self._vocabulary = vocabulary
         self._embedded = int(self._model.get_input_embeddings().weight.shape[0])
-        self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._limit = context_of(model.config) or None
         self._cache = DynamicCache(config=model.config)
         self._held: list[int] = []
         """The ids in the cache: text, then guesses."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine import hookimpl
 from engine.contexts import CheckContext, PositionContext, PositionEncoding, Receipt, ReshapeContext
@@ -41,12 +41,19 @@ class Linear:
 
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:
-        """Edit the rotary parameters of layers that see the whole context."""
+        """Edit the rotary parameters of layers that see the whole context.
+
+        The context that the config states stays, as transformers asks for; where types of layers
+        differ, it is that of the whole model, and becomes longer.
+        """
+        text: Any = context.config.get_text_config()
+        apart = "" not in rotary.by_label(text.rope_parameters)
+        longer = int(rotary.context_of(context.config) * self.factor)
         config = rotary.edited(
             "linear",
             context.config,
             {"rope_type": "linear", "factor": self.factor},
-            max_positions=int(rotary.context_of(context.config.get_text_config()) * self.factor),
+            max_positions=longer if apart else None,
         )
         return PositionEncoding(config=config)
 

@@ -72,8 +72,7 @@ class Llama3:
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:
         """Edit the rotary parameters of layers that see the whole context."""
-        text = context.config.get_text_config()
-        original = self.original_max_position_embeddings or rotary.context_of(text)
+        original = self.original_max_position_embeddings or rotary.context_of(context.config)
         config = rotary.edited(
             "llama3",
             context.config,

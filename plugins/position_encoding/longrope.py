@@ -96,8 +96,7 @@ class LongRope:
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:
         """Edit the rotary parameters of layers that see the whole context."""
-        text = context.config.get_text_config()
-        original = self.original_max_position_embeddings or rotary.context_of(text)
+        original = self.original_max_position_embeddings or rotary.context_of(context.config)
         scaled = (
             {} if self.attention_factor is None else {"attention_factor": self.attention_factor}
         )

@@ -67,7 +67,7 @@ class NativePositions:
             evidence={
                 "inverse frequencies": found.total,
                 "of them changed": found.changed,
-                "context": rotary.context_of(text),
+                "context": rotary.context_of(session.model.config),
             },
             ok=same and found.changed == 0,
         )

@@ -20,7 +20,7 @@ from engine.contexts import (
 from engine.errors import Problem
 from engine.families import family
 from engine.positions.late_rope import rotary_embedding, rotate, still_turning, unrotated
-from engine.positions.rotary import outside
+from engine.positions.rotary import context_of, outside
 from engine.rules import Rule
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class SelfExtend:
         """Take rotation out of the model, and put it into the scores."""
         config = unrotated(context.config)
         text = config.get_text_config()
-        text.max_position_embeddings = self._reach(text.max_position_embeddings)
+        text.max_position_embeddings = self._reach(context_of(context.config))
         scores = GroupedScores(context.config, self.group_size, self.window)
         return PositionEncoding(config=config, scores=scores)
 
@@ -120,8 +120,7 @@ class SelfExtend:
         """Read what still rotates in the model, what the scores counted, and how far they reach."""
         scores: GroupedScores = session.built["position_encoding"].scores
         still = still_turning(session.model)
-        before = int(session.source_config.get_text_config().max_position_embeddings)
-        after = int(session.model.config.get_text_config().max_position_embeddings)
+        before, after = map(context_of, (session.source_config, session.model.config))
         distance = scores.largest_distance(after)
         yield Receipt(
             slot="position_encoding",

@@ -64,8 +64,7 @@ class Yarn:
     @hookimpl
     def position_encoding(self, context: PositionContext) -> PositionEncoding:
         """Edit the rotary parameters; layers with a sliding window see too little to need it."""
-        text = context.config.get_text_config()
-        original = self.original_max_position_embeddings or rotary.context_of(text)
+        original = self.original_max_position_embeddings or rotary.context_of(context.config)
         scaled = (
             {} if self.attention_factor is None else {"attention_factor": self.attention_factor}
         )

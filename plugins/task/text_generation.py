@@ -15,10 +15,11 @@ from engine.caching.continuing import common
 from engine.caching.shared_prefix import SharedPrefix
 from engine.contexts import CheckContext, Output, Receipt, TaskContext
 from engine.conversation import Conversation
+from engine.encoding import Encoded, encode
 from engine.errors import Problem, RecipeError
 from engine.generate import TextStream, answer_batch, begin, check_prompt, room_for
 from engine.probe import probe_model
-from engine.template import render, try_out
+from engine.template import holds, render, try_out
 
 if TYPE_CHECKING:
     from engine.session import Session
@@ -75,19 +76,20 @@ class TextGeneration:
         shared = session.built["task"].shared
         if shared is None:
             return
-        held = shared.tokens_held
+        held, arrives = shared.tokens_held, session.built["task"].prefix_arrives
         yield Receipt(
             slot="task",
             claim="the prefix was computed once, and is copied for each prompt"
             if not shared.refused
             else f"the prefix is computed for each prompt: {shared.refused}",
             evidence={
+                "its text is in the prompt": arrives,
                 "tokens of the prefix": len(shared),
                 "tokens kept of it": held,
                 "prompts that began with a copy": shared.uses,
                 "tokens not forwarded again": shared.saved,
             },
-            ok=held == (0 if shared.refused else len(shared)),
+            ok=arrives and held == (0 if shared.refused else len(shared)),
         )
 
 
@@ -107,7 +109,7 @@ class TextTask:
                 f"{session.recipe.model.path} has no chat template", hint="task.chat_template=false"
             )
         if chat_template:
-            try_out(session.tokenizer, system=prefix is not None)
+            try_out(session.tokenizer, system=prefix)
         self._session = session
         self._chat_template = chat_template
         self._prefix = prefix
@@ -121,7 +123,8 @@ class TextTask:
 
     def stream(self, prompt: str) -> TextStream:
         """Answer piece by piece."""
-        ids = self._tokens(prompt)
+        text = self._encoded(prompt)
+        ids = text.ids
         check_prompt(self._session, ids)
         cache = self.shared.begin(ids) if self.shared is not None else None
         if cache is None:
@@ -129,15 +132,16 @@ class TextTask:
             cache = values.cache
         else:
             room = room_for(self._session, cache, len(ids))
-        return TextStream(self._session, ids, cache, room=room)
+        return TextStream(self._session, ids, cache, room=room, notes=text.notes)
 
     def batch(self, prompts: Sequence[str]) -> list[Output]:
         """Answer all prompts together."""
-        ids = [self._tokens(prompt) for prompt in prompts]
-        for each in ids:
-            check_prompt(self._session, each)
-        cache = self.shared.begin_batch(ids) if self.shared is not None and ids else None
-        return answer_batch(self._session, ids, cache)
+        texts = [self._encoded(prompt) for prompt in prompts]
+        for text in texts:
+            check_prompt(self._session, text.ids)
+        shared = self.shared if texts else None
+        cache = None if shared is None else shared.begin_batch([text.ids for text in texts])
+        return answer_batch(self._session, texts, cache)
 
     def chat(self, *, resume: Path | None = None) -> Conversation:
         """Start a conversation, or go on with one that was saved to a file."""
@@ -166,16 +170,23 @@ class TextTask:
             )
         )
 
+    @property
+    def prefix_arrives(self) -> bool:
+        """Tell whether the tokens of a prompt hold the text of the prefix, as tokens tell it."""
+        tokenizer = self._session.tokenizer
+        said = encode(tokenizer, self._prefix or "", add_special_tokens=False).ids
+        prompt = self._encoded(ENDINGS[0]).ids
+        return holds(str(tokenizer.decode(prompt)), str(tokenizer.decode(said)))
+
     def _share(self) -> SharedPrefix:
-        texts = [self._tokens(ending) for ending in ENDINGS]
+        texts = [self._encoded(ending).ids for ending in ENDINGS]
         length = min(common(texts[0], other) for other in texts[1:])
         return SharedPrefix(self._session, texts[0][:length])
 
-    def _tokens(self, prompt: str) -> list[int]:
+    def _encoded(self, prompt: str) -> Encoded:
         tokenizer, prefix = self._session.tokenizer, self._prefix
         if not self._chat_template:
-            # Not verbose: what is too long is refused with numbers, by `begin`.
-            return list(tokenizer((prefix or "") + prompt, verbose=False)["input_ids"])
+            return encode(tokenizer, (prefix or "") + prompt)
         system = [] if prefix is None else [{"role": "system", "content": prefix}]
         text = render(tokenizer, [*system, {"role": "user", "content": prompt}])
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return encode(tokenizer, text, add_special_tokens=False)

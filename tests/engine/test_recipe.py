@@ -397,3 +397,68 @@ def test_composing_loads_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+# -- text stays text ------------------------------------------------------------------------------
+
+LOOKS_LIKE = [
+    "no",
+    "on",
+    "Yes",
+    "true",
+    "1.0",
+    "1.10",
+    "007",
+    "1e3",
+    "0x10",
+    "1_000",
+    "-1.50",
+    "12:30",
+]
+"""What YAML or Hydra takes for another type."""
+
+
+@pytest.mark.parametrize("word", LOOKS_LIKE)
+def test_text_is_what_was_written(tmp_path: Path, word: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"defaults:\n  - tiny\n  - _self_\nmodel:\n  revision: {word}\n"
+        f"decode:\n  stop: [{word}, 'a', {word}]\ntask:\n  prefix: {word}\n"
+    )
+    for made in (
+        compose(file),
+        compose("tiny", [f"task.prefix={word}", f"decode.stop=[{word},'a',{word}]",
+                         f"model.revision={word}"]),
+    ):  # fmt: skip
+        plugins: Any = made
+        assert (plugins.task.prefix, plugins.decode.stop) == (word, [word, "a", word])
+        assert made.model.revision == word
+        assert made.seed == 0
+
+
+def test_the_last_word_counts(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("defaults:\n  - tiny\n  - _self_\ndecode:\n  stop: [no, 1.0, on]\n")
+    found: Any = compose(file, ["decode.stop=[a,2.50]"])
+    assert found.decode.stop == ["a", "2.50"]
+    found = compose(
+        file, ["decode.stop=[False]", "decode.stop=[x]", "task.prefix=1.0", "task.prefix=y"]
+    )
+    assert (found.decode.stop, found.task.prefix) == (["x"], "y")
+
+
+def test_numbers_stay_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("defaults:\n  - tiny\n  - _self_\nseed: 007\ndecode:\n  temperature: 1e-1\n")
+    found: Any = compose(file, ["decode.max_new_tokens=10"])
+    assert (found.seed, found.decode.temperature, found.decode.max_new_tokens) == (7, 0.1, 10)
+
+
+@pytest.mark.parametrize("value", ["[[a]]", "[null]", "[a,[1.0]]", "{a: 1}", "1.0"])
+def test_what_is_no_list_of_texts_is_refused_with_its_line(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"defaults:\n  - tiny\n  - _self_\ndecode:\n  stop: {value}\n")
+    with pytest.raises(RecipeError, match=r"decode\.stop[\s\S]* \[.*mine\.yaml:5\]"):
+        compose(file)
+    with pytest.raises(RecipeError, match=r"decode\.stop"):
+        compose("tiny", [f"decode.stop={value}"])

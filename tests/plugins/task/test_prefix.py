@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from engine import registry
+from engine.encoding import encode
 from engine.errors import CheckpointError, RecipeError, RuntimeFailure
 from engine.session import Session
 from tests import plain
 from tests.conftest import Build
+from tests.models import tiny_model
 
 PREFIX = "A text that all prompts begin with, "
 PROMPTS = ["def add(", "and", "x = 1, y = 2"]
@@ -178,6 +180,33 @@ def test_a_template_without_system_messages_is_told_while_building(
     session = build(*WORDS)  # which completes text
     with pytest.raises(CheckpointError, match="no system messages here"):
         session.chat()
+
+
+def test_a_template_that_leaves_the_prefix_out_is_refused(build: Build, tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+    template = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    words = (*WORDS, f"model.path={folder}")
+    with pytest.raises(CheckpointError, match=r"leaves out[\s\S]*task\.prefix=null"):
+        build(*words, "task.chat_template=true")
+    with pytest.raises(CheckpointError, match=r"leaves out[\s\S]*task\.prefix=null"):
+        build(*words).chat()
+    assert build(*words[1:], "task.chat_template=true").generate("hello").token_ids
+
+
+def test_a_prefix_that_is_not_in_the_prompt_fails_its_receipt(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = build(*WORDS)
+    task: Any = session.built["task"]
+    (_, receipt) = session.recipe.task.receipts(session)
+    assert receipt.ok
+    assert receipt.evidence["its text is in the prompt"] is True
+    monkeypatch.setattr(task, "_encoded", lambda prompt: encode(session.tokenizer, prompt))
+    (_, receipt) = session.recipe.task.receipts(session)
+    assert not receipt.ok
 
 
 def test_an_empty_prefix_is_refused(build: Build) -> None:

@@ -1,15 +1,14 @@
-"""Streaming text: never half a character, never half a stop string."""
+"""Streaming text: never half a character."""
 
 from __future__ import annotations
 
 from typing import cast
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from engine.decoding.detokenize import Detokenizer, StopStrings
+from engine.decoding.detokenize import Detokenizer
 from tests.models import tiny_tokenizer
 
 TOKENIZER = cast(PreTrainedTokenizerBase, tiny_tokenizer())
@@ -37,37 +36,3 @@ def test_half_a_character_waits() -> None:
 def test_special_tokens_are_not_text() -> None:
     assert TOKENIZER.eos_token_id is not None
     assert "".join(_pieces([], [int(TOKENIZER.eos_token_id)])) == ""
-
-
-@pytest.mark.parametrize(
-    ("pieces", "stops", "shown"),
-    [
-        (["ab", "cSTOPd"], ["STOP"], "abc"),
-        (["abS", "TO", "Pd"], ["STOP"], "ab"),
-        (["abST", "art"], ["STOP"], "abSTart"),
-        (["one two"], ["two", "one"], ""),
-        (["a\n", "\nb"], ["\n\n"], "a"),
-        (["ST"], ["STOP"], "ST"),
-        (["abc"], [], "abc"),
-        (["aab"], ["ab"], "a"),
-    ],
-)
-def test_text_is_cut_at_the_first_stop(pieces: list[str], stops: list[str], shown: str) -> None:
-    cutter = StopStrings(stops)
-    got = ""
-    for piece in pieces:
-        got += cutter.push(piece)
-        if cutter.found:
-            break
-    else:
-        got += cutter.finish()
-    assert got == shown
-
-
-@given(st.lists(st.text(alphabet="abST", max_size=4)), st.text(alphabet="abST", min_size=1))
-def test_cutting_piecewise_is_cutting_at_once(pieces: list[str], stop: str) -> None:
-    whole = "".join(pieces)
-    cutter = StopStrings([stop])
-    shown = "".join(cutter.push(piece) for piece in pieces if not cutter.found)
-    shown += "" if cutter.found else cutter.finish()
-    assert shown == whole.partition(stop)[0]
