@@ -17,19 +17,20 @@ from engine.loading.checkpoint import fetch_weights, locate, read_config, verify
 from engine.loading.folder_kinds import KINDS, UNUSUAL, Kind
 from tests.conftest import Build
 from tests.hub import Hub
+from tests.models import tiny_config
 from tests.refusal import refusal
 
 Model = Callable[[str], Path]
 
 LORA = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8}
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+CONFIG = json.loads(tiny_config("llama").to_json_string())
 
 FOLDERS: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "lora": (
         {"adapter_config.json": LORA, "adapter_model.safetensors": ""},
         r"adapter of peft \(LORA\) of org/base",
         r"M\.from_pretrained\('.*lora'\)\.merge_and_unload\(\)\.save_pretrained\('lora-merged'\).*"
-        r"T\.from_pretrained\('org/base'\).*model\.path=\./lora-merged.*model\.path=org/base",
+        r"T\.from_pretrained\('org/base'\).*that folder as model\.path.*model\.path=org/base",
     ),
     "lora with words": (
         {"adapter_config.json": LORA, "tokenizer_config.json": {}},
@@ -106,7 +107,11 @@ FOLDERS: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "arrow": ({"data-0.arrow": "", "state.json": {}}, "a dataset", "-p @FILE"),
     "parquet": ({"README.md": "", "data/train-0.parquet": ""}, "a dataset", "-p @FILE"),
     "lines": ({"train.jsonl": ""}, "a dataset", "-p @FILE"),
-    "gguf": ({"m.Q4_K_M.gguf": ""}, "GGUF files", r"load=gguf load\.file=m\.Q4_K_M\.gguf"),
+    "gguf": (
+        {"m.Q4_K_M.gguf": ""},
+        "GGUF files",
+        r"put config\.json .* beside it, then model\.path=FOLDER load=gguf load\.file=m\.Q4_K",
+    ),
     "gguf and config": ({"m.gguf": "", "config.json": CONFIG}, "GGUF files", "load.file=m.gguf"),
     "onnx genai": ({"genai_config.json": {}, "model.onnx": ""}, "onnxruntime-genai", "safetensors"),
     "onnx": ({"config.json": CONFIG, "model_q4.onnx": ""}, "an export to ONNX", "safetensors"),
@@ -168,7 +173,7 @@ FOLDERS: dict[str, tuple[Mapping[str, Any], str, str]] = {
         "a tokenizer without",
         "put",
     ),
-    "trainer's state": (
+    "trained": (
         {"config.json": CONFIG, "optimizer.pt": "", "scheduler.pt": "", "rng_state.pth": ""},
         "the state of a training run without its model",
         "save_pretrained",
@@ -188,10 +193,10 @@ FOLDERS: dict[str, tuple[Mapping[str, Any], str, str]] = {
         r"pickled weights under a name .*: consolidated\.00\.pth",
         "safetensors",
     ),
-    "models": (
+    "some models": (
         {"one/config.json": CONFIG, "two/config.json": CONFIG, "three/x": ""},
         "the models are in these: one, two",
-        r"model\.path=.*/models/one",
+        r"\"model\.path='.*/some models/one'\"",
     ),
 }
 """Name of a folder: its files, what is said, and what to type."""
@@ -229,15 +234,25 @@ def test_every_kind_of_the_table_was_tried(tmp_path: Path) -> None:
     assert never == []
 
 
-def test_check_and_drafts_say_so_too(tmp_path: Path, model: Model) -> None:
-    for name in ("lora", "gguf and config", "training", "tensorflow"):
+@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"gguf and config"}))
+def test_check_says_so_too(tmp_path: Path, name: str) -> None:
+    """And leaves in the hint what it has tried; a GGUF file that is none is no way out."""
+    _, what, hint = FOLDERS[name]
+    folder = made(tmp_path, name)
+    (problem,) = verdict.check(recipe.compose("base", [f"model.path={folder}"])).problems
+    assert re.search(what, problem.message), problem.message
+    assert re.search(hint, problem.hint), problem.hint
+
+
+def test_drafts_too(tmp_path: Path, model: Model) -> None:
+    for name in ("lora", "training", "tensorflow"):
         folder = made(tmp_path, name)
-        found = verdict.check(recipe.compose("base", [f"model.path={folder}"]))
-        assert "folder-kind" in {problem.code for problem in found.problems}
+        if name == "training":
+            shutil.copytree(model("llama"), folder / "checkpoint-1000", dirs_exist_ok=True)
         words = [f"model.path={model('llama')}", "decode=assisted", f"decode.draft={folder}"]
         (problem,) = verdict.check(recipe.compose("base", words)).problems
         assert problem.message.startswith(f"decode.draft={folder}: {folder} is ")
-        assert "model.path" not in problem.hint
+        assert "model.path=" not in problem.hint
         assert "decode.draft=" in problem.hint
 
 
@@ -262,12 +277,15 @@ def test_a_sound_checkpoint_is_none_of_these(model: Model, tmp_path: Path, build
     ("name", "hint"),
     [
         ("m.gguf", r"model\.path=.* load=gguf load\.file=m\.gguf"),
-        ("model.safetensors", "give the folder that it is in: model.path="),
-        ("pytorch_model.bin", "give the folder that it is in: model.path="),
+        ("model.safetensors", "its folder: model.path="),
+        ("pytorch_model.bin", "its folder: model.path="),
     ],
 )
 def test_files(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / name).write_bytes(b"x")
+    told = refusal(locate, str(tmp_path / name), None, download=False)
+    assert ("put config.json" if name == "m.gguf" else "a folder with config.json in it") in told
+    (tmp_path / "config.json").write_text("{}")
     assert re.search(hint, refusal(locate, str(tmp_path / name), None, download=False))
 
 

@@ -41,7 +41,7 @@ class Kind:
 _HUB = "take the model in the format of transformers (config.json and safetensors), from the hub"
 TEXT = "take a model that continues text: model.path=FOLDER_OR_HUB_ID"
 ORIGINAL = "take the original checkpoint: model.path=FOLDER_OR_HUB_ID"
-_WHOLE = ", then put config.json and tokenizer beside what that writes: model.path=./whole"
+_WHOLE = ", then put config.json and tokenizer into that folder, and give it as model.path"
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth")
 
 DATASETS = ("dataset_infos.json", "dataset_dict.json", "*.arrow", "*.parquet", "*.jsonl")
@@ -83,6 +83,12 @@ def typed(folder: Path) -> str:
     return str(folder)
 
 
+def given(folder: Path | str) -> str:
+    """Return the override that gives a folder, quoted where the command line needs that."""
+    plain = re.fullmatch(r"[\w./~@+-]+", str(folder))
+    return f"model.path={folder}" if plain else f"\"model.path='{folder}'\""
+
+
 def _json(file: Path) -> dict[str, Any]:
     """Return a small JSON file; empty where it is none."""
     try:
@@ -97,7 +103,7 @@ def _adapter(folder: Path) -> tuple[str, str]:
     base, kind = stated.get("base_model_name_or_path"), str(stated.get("peft_type") or "LORA")
     of = f" ({kind}) of {base}" if base else f" ({kind}), which does not say of which model"
     if kind not in ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA"):
-        return of, f"model.path={base or 'BASE'}: this kind cannot be merged into the weights"
+        return of, f"{given(base or 'BASE')}: this kind cannot be merged into the weights"
     if (folder / "config.json").is_file():
         of += (
             ", beside a whole model: transformers adds it or does not, by whether peft is installed"
@@ -111,9 +117,21 @@ def _adapter(folder: Path) -> tuple[str, str]:
         f"merge it: pip install peft, then python -c "
         f'"from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer '
         f"as T; M.from_pretrained({name!r}).merge_and_unload().save_pretrained({merged!r}); "
-        f'T.from_pretrained({words!r}).save_pretrained({merged!r})" and model.path=./{merged}; '
-        f"without the adapter: model.path={base}"
+        f'T.from_pretrained({words!r}).save_pretrained({merged!r})", and give that '
+        f"folder as model.path; without the adapter: {given(base)}"
     )
+
+
+def gguf_hint(folder: Path, file: str) -> str:
+    """Return how a GGUF file is run."""
+    if (folder / "config.json").is_file():
+        return f"{given(folder)} load=gguf load.file={file}"
+    beside = "put config.json and tokenizer of the original checkpoint beside it, then"
+    return f"{beside} model.path=FOLDER load=gguf load.file={file}"
+
+
+def _gguf(folder: Path) -> tuple[str, str]:
+    return "", gguf_hint(folder, "{file}")
 
 
 def _snapshots(folder: Path) -> tuple[str, str]:
@@ -124,8 +142,8 @@ def _snapshots(folder: Path) -> tuple[str, str]:
     commit = main.read_text("utf-8").strip() if main.is_file() else ""
     there = sorted(each.name for each in (folder / "snapshots").iterdir() if each.is_dir())
     commit = commit if commit in there else next(iter(there), "")
-    inside = f", or model.path={folder}/snapshots/{commit}" if commit else ""
-    return "", f"model.path={name.replace('--', '/', 1)}{inside}"
+    inside = f", or {given(folder / 'snapshots' / commit)}" if commit else ""
+    return "", given(name.replace("--", "/", 1)) + inside
 
 
 def _cache(folder: Path) -> tuple[str, str]:
@@ -147,7 +165,7 @@ def _checkpoints(folder: Path) -> tuple[str, str]:
     best = Path(str(_json(last / "trainer_state.json").get("best_model_checkpoint") or "")).name
     judged = f" (the best in its own judgement: {best})" if best else ""
     listed = ", ".join(steps[step].name for step in sorted(steps))
-    return f": {listed}", f"the last: model.path={last}{judged}"
+    return f": {listed}", f"the last: {given(last)}{judged}"
 
 
 KINDS = (
@@ -194,13 +212,7 @@ KINDS = (
         _HUB,
     ),
     *(Kind((sign,), "a dataset", TEXT + "; text goes in by -p @FILE") for sign in DATASETS),
-    Kind(
-        ("*.gguf",),
-        "a folder of GGUF files, of llama.cpp",
-        "load=gguf load.file={file}, with config.json and tokenizer of the original checkpoint "
-        "beside it",
-        weights=True,
-    ),
+    Kind(("*.gguf",), "a folder of GGUF files, of llama.cpp", asks=_gguf, weights=True),
     *(Kind(signs, what, _HUB, weights=True) for signs, what in EXPORTS.items()),
     Kind(
         ("measurement.json",),

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError, Problem
-from engine.loading.folder_kinds import KINDS, ORIGINAL, TEXT, UNUSUAL, Kind, typed
+from engine.loading.folder_kinds import (
+    KINDS,
+    ORIGINAL,
+    TEXT,
+    UNUSUAL,
+    Kind,
+    gguf_hint,
+    given,
+    typed,
+)
 
 
 def refuse_other(
@@ -28,7 +37,7 @@ def refuse_other(
     if not here and (inside := _models_inside(folder)):
         listed = ", ".join(each.name for each in inside)
         what = f"a folder of folders, and the models are in these: {listed}"
-        raise _error(folder, what, f"model.path={inside[0]}")
+        raise _error(folder, what, given(inside[0]))
 
 
 def refuse_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -61,12 +70,11 @@ def refuse_weights(folder: Path, names: Collection[str]) -> None:
 
 def refuse_file(file: Path) -> None:
     """Raise CheckpointError for a file where a folder is asked for."""
-    where = f"model.path={file.parent}"
     if file.suffix == ".gguf":
-        where += f" load=gguf load.file={file.name}"
-        hint = f"{where}, with config.json and tokenizer of the original checkpoint in that folder"
-        raise _error(file, "a GGUF file, of llama.cpp", hint)
-    raise _error(file, "a file", f"give the folder that it is in: {where}")
+        raise _error(file, "a GGUF file, of llama.cpp", gguf_hint(file.parent, file.name))
+    here = (file.parent / "config.json").is_file()
+    hint = f"its folder: {given(file.parent)}" if here else "a folder with config.json in it"
+    raise _error(file, "a file, and a model is a folder", hint)
 
 
 def names_in(folder: Path) -> set[str]:
