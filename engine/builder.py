@@ -22,7 +22,7 @@ from engine.contexts import (
 from engine.decoding.stop_strings import never_produced
 from engine.errors import CheckpointError, EngineError, Problem, RecipeError
 from engine.loading import checkpoint
-from engine.loading.common import give_back, quiet
+from engine.loading.common import give_back, made_config, quiet
 from engine.probe import failing_together
 from engine.recipe import Recipe
 from engine.session import Session
@@ -73,7 +73,7 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
         # It imports the quantizers that are installed, and these complain of kernels.
         import transformers.modeling_utils  # noqa: F401
 
-        source = _read_config(recipe, folder)
+        source = _read_config(recipe, folder, verdict.shape)
     device = _device()
     if verdict.target.kind != device.type:  # what the target can, this machine may not
         check(recipe, target=Target(name="this machine")).raise_for_problems()
@@ -155,12 +155,12 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     session.observe("built", recipe=recipe.name, digest=recipe.digest)
 
 
-def _read_config(recipe: Recipe, folder: Path) -> PretrainedConfig:
-    from transformers import AutoConfig
-
+def _read_config(recipe: Recipe, folder: Path, shape: ModelShape | None) -> PretrainedConfig:
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, trust_remote_code=recipe.model.trust_remote_code
+        config = made_config(
+            folder,
+            () if shape is None else shape.ignored,
+            trust_remote_code=recipe.model.trust_remote_code,
         )
     except EngineError:
         raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.decoding.speculation import RECURRENT, croppable
 from engine.errors import CheckpointError, Problem, RecipeError
 from engine.loading import checkpoint, prequantized
-from engine.loading.common import quiet
+from engine.loading.common import made_config, quiet
 from engine.loading.known_models import known_config
 from engine.shape import ModelShape, read_shape
 
@@ -69,7 +69,7 @@ def load_draft(path: str, revision: str | None, context: DecodeContext) -> PreTr
         CheckpointError: for files that are not what they should be.
         RecipeError: for another vocabulary than the model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = checkpoint.fetch_weights(path, revision)
     tensors = checkpoint.tensors(folder)
@@ -86,7 +86,7 @@ def load_draft(path: str, revision: str | None, context: DecodeContext) -> PreTr
             tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             model, info = auto.from_pretrained(
                 folder,
-                config=AutoConfig.from_pretrained(folder),
+                config=made_config(folder, shape.ignored),
                 dtype=context.model.dtype,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # told by verify_loaded, with all other faults

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.config_keys import as_taken, without
 from engine.errors import DoesNotFit, EngineError
 from engine.loading import checkpoint
 
@@ -28,6 +29,24 @@ _NOISY = ("accelerate", "torchao", "torch.utils._pytree", "bitsandbytes")
 """Loggers that tell of kernels that nobody asked for, or of what the receipts tell."""
 
 _TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
+
+
+def made_config(
+    folder: Path, ignored: Collection[str] = (), *, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """Return a checkpoint's config as transformers makes it, without keys that its code ignores.
+
+    transformers would keep these as attributes, and its caches believe them.
+    """
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if ignored:
+        stated = as_taken(checkpoint.read_config(folder))
+        config = type(config).from_dict(without(stated, ignored))
+        config._name_or_path = str(folder)
+    made: PretrainedConfig = config
+    return made
 
 
 def from_pretrained(
