@@ -16,7 +16,9 @@ ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
 """What the base class of all configs reads for those that have rotary positions."""
 
 _READ = r"config(?:\.\w+)*\.{0}\b|getattr\(\s*(?:\w+\.)*\w*config,\s*['\"]{0}['\"]"
-_MAPPED = r"\bself\.{0}\b|getattr\(\s*self,\s*['\"]{0}['\"]|kwargs\.\w+\(\s*['\"]{0}['\"]"
+_MAPPED = (
+    r"\bself\.{0}\b(?!\s*=[^=])|getattr\(\s*self,\s*['\"]{0}['\"]|kwargs\.\w+\(\s*['\"]{0}['\"]"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,12 +38,13 @@ def made_config(
 
     transformers would keep these as attributes, and its caches believe them.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if ignored:
-        stated = as_taken(checkpoint.read_config(folder))
-        config = type(config).from_dict(without(stated, ignored))
+    if not ignored:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    else:  # only of families that transformers knows
+        stated = without(as_taken(checkpoint.read_config(folder)), ignored)
+        config = CONFIG_MAPPING[stated["model_type"]].from_dict(stated)
         config._name_or_path = str(folder)
     made: PretrainedConfig = config
     return made
