@@ -21,8 +21,8 @@ from engine.contexts import (
 )
 from engine.decoding.stop_strings import never_produced
 from engine.errors import CheckpointError, EngineError
-from engine.loading import checkpoint
-from engine.loading.common import give_back, quiet
+from engine.loading import checkpoint, model_folder
+from engine.loading.common import give_back, made_config, quiet
 from engine.probe import failing_together, verify_carrying
 from engine.recipe import Recipe
 from engine.session import Session
@@ -72,7 +72,7 @@ def build(recipe: Recipe, *, progress: Progress = lambda step: None) -> Session:
         # It imports the quantizers that are installed, and these complain of kernels.
         import transformers.modeling_utils  # noqa: F401
 
-        source = _read_config(recipe, folder, told)
+        source = _read_config(recipe, folder, told, verdict.shape)
     device = _device()
     if verdict.target.kind != device.type:  # what the target can, this machine may not
         check(recipe, target=Target(name=HERE)).raise_for_problems()
@@ -158,18 +158,18 @@ def _build(session: Session, folder: Path, progress: Progress) -> None:
     session.observe("built", recipe=recipe.name, digest=recipe.digest)
 
 
-def _read_config(recipe: Recipe, folder: Path, told: ModelConfig | None) -> PretrainedConfig:
-    from transformers import CONFIG_MAPPING, AutoConfig
-
-    config: PretrainedConfig
+def _read_config(
+    recipe: Recipe, folder: Path, told: ModelConfig | None, shape: ModelShape | None
+) -> PretrainedConfig:
     try:
         if told is None:
-            checkpoint.read_config(folder)  # which says more of a file that is missing or broken
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=recipe.model.trust_remote_code
-            )
-        else:
-            config = CONFIG_MAPPING[told.config["model_type"]].from_dict(dict(told.config))
+            model_folder.refuse_listed(recipe.model.path, recipe.model.revision, folder)
+        config = made_config(
+            folder,
+            () if shape is None else shape.ignored,
+            stated=None if told is None else told.config,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
     except EngineError:
         raise
     except Exception as error:

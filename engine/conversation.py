@@ -288,8 +288,8 @@ def refuse_other(here: Mapping[str, Any], about: Mapping[str, Any], path: Path) 
             Problem(
                 message=f"{path} holds a conversation of another cache than this recipe makes: "
                 f"{'; '.join(different) or 'it does not say which'}",
-                hint=f"resume it with the recipe it was saved with ({about.get('recipe')}), or "
-                "begin anew",
+                hint=f"resume it with the recipe it was saved with ({about.get('recipe')}) and the "
+                "model as it was then, or begin anew",
                 code="conversation-differs",
                 where=str(path),
             )

@@ -12,6 +12,14 @@ from functools import cache
 
 from engine.blueprint import sources
 
+ROPE_KEYS = ("rope_parameters", "rope_scaling", "rope_theta")
+"""What the base class of all configs reads for those that have rotary positions."""
+
+_READ = r"config(?:\.\w+)*\.{0}\b|getattr\(\s*(?:\w+\.)*\w*config,\s*['\"]{0}['\"]"
+_MAPPED = (
+    r"\bself\.{0}\b(?!\s*=[^=])|getattr\(\s*self,\s*['\"]{0}['\"]|kwargs\.\w+\(\s*['\"]{0}['\"]"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -38,6 +46,26 @@ class Family:
     def cached_states(self) -> frozenset[str]:
         """Return the kinds of states that its layers write into a cache: 'conv', 'recurrent'."""
         return frozenset(re.findall(r"\.update_(conv|recurrent)_state\(", self.model_code))
+
+    def reads(self, name: str, inside: str = "") -> bool:
+        """Tell whether its code reads a key of config.json; unknown code may read all of them.
+
+        Args:
+            inside: only classes of the model whose names have this in them.
+        """
+        if not self.known:
+            return True
+        if inside:
+            classes = re.split(r"^class ", self.model_code, flags=re.MULTILINE)
+            code = "".join(each for each in classes if inside in each.partition("(")[0])
+            return bool(re.search(_READ.format(name), code))
+        mapped = name in ROPE_KEYS and "rope_parameters" in self.fields
+        return (
+            mapped
+            or name in self.fields
+            or bool(re.search(_READ.format(name), self.model_code))
+            or bool(re.search(_MAPPED.format(name), self.config_code))
+        )
 
     @property
     def traits(self) -> frozenset[str]:

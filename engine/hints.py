@@ -73,7 +73,11 @@ def _kept(
         return ", or ".join(kept)
     found = next((word for word in _others(problem, recipe) if mends((word,), problem)), "")
     if not found and not kept:
-        found = f"no other choice for one slot mends it: change {_slots(problem)} together"
+        found = (
+            "what would run it is refused, too; take another model: model.path=FOLDER_OR_HUB_ID"
+            if problem.where
+            else f"no other choice for one slot mends it: change {_slots(problem)} together"
+        )
     return ", or ".join(filter(None, [found, *kept]))
 
 

@@ -117,6 +117,13 @@ class Session:
         return Carrying(self)
 
     @cached_property
+    def weights_digest(self) -> str:
+        """Return a digest of every byte of the weights, read once."""
+        from engine.caching.fingerprint import weights
+
+        return weights(self.model)
+
+    @cached_property
     def end_ids(self) -> frozenset[int]:
         """Return what ends an answer: the model's tokens, or the tokenizer's if it names none."""
         given = getattr(self.model.generation_config, "eos_token_id", None)

@@ -17,6 +17,20 @@ from typing import Any, TypeGuard
 
 from engine.blueprint import drawing
 from engine.blueprint.drawing import Blueprint, Weight
+from engine.config_keys import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    POSITIONS,
+    TEXT_CONFIGS,
+    VOCABULARY,
+    as_taken,
+    stray,
+    text_part,
+    without,
+)
 from engine.errors import CheckpointError, Problem
 from engine.families import family
 
@@ -26,12 +40,6 @@ MOST_LAYERS = 10_000
 MOST_POSITIONS = 10**9
 """More than any model has."""
 
-LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-HIDDEN = ("hidden_size", "n_embd", "n_embed", "d_model")
-HEADS = ("num_attention_heads", "n_head", "n_heads")
-KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "kv_n_heads")
-VOCABULARY = ("vocab_size", "n_vocab", "padded_vocab_size")
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 LONGEST = ("model_max_length", "max_sequence_length")
 """What some configs state beside that: the longest text, once rotary positions are stretched."""
 
@@ -41,9 +49,6 @@ STRETCHED = frozenset({"linear", "dynamic", "yarn", "llama3", "longrope", "su"})
 """Kinds of rotary positions that reach `factor` times as far as those that were trained first."""
 UP_TO = frozenset({"llama3", "longrope", "su"})
 """Those of which a config states how far the model was then trained, which may be less."""
-
-TEXT_CONFIGS = ("thinker_config", "text_config", "llm_config", "language_config")
-"""Where a config of several parts keeps the language model."""
 
 WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "recurrent", "moe", "mlp"})
 """Layer types that attend to no keys."""
@@ -123,7 +128,9 @@ class ModelShape:
     tensors: Mapping[str, TensorSize] = field(default_factory=dict, repr=False)
     """By name, from the safetensors headers; empty when they are not here."""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    """config.json as it was read, with what the choices make of it."""
+    """config.json as it was read, without `ignored`, with what the choices make of it."""
+    ignored: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Keys of config.json that size other models, and that this one's code does not read."""
 
     @property
     def weight_bytes(self) -> int | None:
@@ -150,10 +157,27 @@ class ModelShape:
         """Return how many numbers its weights have, or None when unknown."""
         return sum(weight.numbers for weight in self.weights if weight.trained) or None
 
+    @property
+    def misleading(self) -> list[str]:
+        """Return those of `ignored` that say something else than what is so without them.
+
+        Converters write `num_key_value_heads` for models that have as many as heads, for example.
+        """
+        used: dict[tuple[str, ...], int | None] = {
+            LAYERS: self.layers, HIDDEN: self.hidden_size, HEADS: self.heads,
+            KV_HEADS: self.kv_heads, HEAD_DIM: self.head_dim, VOCABULARY: self.vocab_size,
+            POSITIONS: self.max_positions,
+        }  # fmt: skip
+        return [
+            name
+            for name, value in self.ignored.items()
+            if not any(name in names and used[names] in (value, None) for names in used)
+        ]
+
     def configured(self, names: Iterable[str], value: Any) -> Mapping[str, Any]:
         """Return the config with another value for what goes by one of these names."""
         config = copy.deepcopy(dict(self.config))
-        part = _text_part(config)
+        part = text_part(config)
         assert isinstance(part, dict)
         first, *others = names
         found = [name for name in (first, *others) if name in part]
@@ -178,7 +202,7 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         name: TensorSize(dtype=str(size.dtype), shape=tuple(size.shape), nbytes=int(size.nbytes))
         for name, size in (tensors or {}).items()
     }
-    reader = _Reader(config)
+    reader = _Reader(as_taken(config))
     layers = reader.layers()
     hidden = reader.count(HIDDEN)
     vocabulary = reader.count(VOCABULARY)
@@ -213,7 +237,8 @@ def read_shape(config: Mapping[str, Any], tensors: Mapping[str, Any] | None = No
         remote_code=not family(reader.model_type).known and bool(config.get("auto_map")),
         traits=frozenset(reader.traits(position, layer_types, sizes)),
         tensors=MappingProxyType(sizes),
-        config=config,
+        config=reader.config,
+        ignored=reader.ignored,
     )
     reader.stop_at_problems()
     return shape
@@ -230,11 +255,15 @@ class _Reader:
             self.complain("model_type is missing", "is this the folder of a transformers model?")
             raise CheckpointError(self.problems)
         self.model_type = model_type
-        self.part = _text_part(config)
+        self.part = text_part(config)
         inner = self.part.get("model_type") or f"{self.model_type}_text"
         self.family = family(str(inner))
         if not self.family.known:
             self.family = family(self.model_type)
+        self.ignored = stray(self.part, self.family)
+        if self.ignored:
+            self.config = without(config, self.ignored)
+            self.part = text_part(self.config)
         self.attention = self.mapping("attn_config")
 
     @cached_property
@@ -322,9 +351,16 @@ class _Reader:
         """Return the numbers per query head."""
         if self.get("kv_lora_rank") and self.get("qk_nope_head_dim"):
             return self.count(("qk_nope_head_dim",)) + self.count(("qk_rope_head_dim",))
-        stated = self.optional("head_dim", "d_kv")
+        stated = self.optional(*HEAD_DIM)
         if not heads:
             return stated or 0
+        written = "head_dim" in self.part and stated != hidden // heads
+        if written and not self.family.reads("head_dim", inside="Attention"):
+            self.complain(
+                f"head_dim is {stated}, and the attention of {self.model_type} has hidden_size / "
+                f"heads = {hidden // heads} whatever that says: its positions would not fit",
+                "remove head_dim from config.json",
+            )
         if hidden % heads and stated in (None, hidden // heads):
             self.complain(f"hidden_size {hidden} does not divide by {heads} attention heads")
         return stated or hidden // heads
@@ -502,6 +538,9 @@ class _Reader:
     def quantization(self) -> str | None:
         """Return what packed the weights; the first configs of bitsandbytes do not say its name."""
         given = self.mapping("quantization_config")
+        if not given and self.outer("quantization_config") is not None:
+            hint = "remove it where the weights are plain, or fetch config.json again"
+            self.complain("quantization_config is empty: it does not say what packed them", hint)
         old = given.get("load_in_8bit") or given.get("load_in_4bit")
         return _text(given.get("quant_method")) or ("bitsandbytes" if old else None)
 
@@ -571,9 +610,8 @@ def _as_stored(tensors: Mapping[str, TensorSize]) -> Iterator[Weight]:
 
 
 def _split(names: Iterable[str]) -> bool:
-    """Say whether a model has a projection each for keys and for values."""
-    ends = (".k_proj.weight", ".v_proj.weight")
-    return all(any(name.endswith(end) for name in names) for end in ends)
+    """Say whether a model has a projection each for keys and for values, packed or plain."""
+    return all(any(part in name for name in names) for part in (".k_proj.", ".v_proj."))
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
@@ -612,11 +650,4 @@ def _text_attribute(config: Any) -> Any:
             return _text_attribute(getattr(config, name))
     # Where layers differ in it, as in Gemma 4, what holds for most: the others are asked apart.
     config.allow_global_per_layer_attribute_access = True
-    return config
-
-
-def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name in TEXT_CONFIGS:
-        if isinstance(config.get(name), Mapping):
-            return _text_part(config[name])
     return config

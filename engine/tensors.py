@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +26,37 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 def raw(tensor: Tensor) -> bytes:
     """Return the numbers of a plain tensor, bit for bit."""
+    return _buffer(tensor).tobytes()
+
+
+def _buffer(tensor: Tensor) -> memoryview:
+    """Return them without a copy, where the tensor is on the CPU and contiguous."""
     import torch
 
-    found = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return found.numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def digests(
+    values: Mapping[str, Any], fetch: Callable[[str, Any], Any] = lambda name, value: value
+) -> dict[str, str]:
+    """Return for each tensor a digest of its kind and all of its bytes; several at a time.
+
+    Of a tensor that is made of others, of all its parts; of what is no tensor, its `repr`.
+
+    Args:
+        fetch: gives a value's numbers where they wait elsewhere.
+    """
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter's lock
+        found = pool.map(lambda name: _digest(fetch(name, values[name])), values)
+        return dict(zip(values, found, strict=True))
+
+
+def _digest(value: Any) -> str:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return " ".join(
+        f"{part.dtype} {list(part.shape)} {hashlib.sha256(_buffer(part)).hexdigest()}"
+        for part in plain_parts(value)
+    )

@@ -132,6 +132,11 @@ def judge(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
     excess = [] if spread or pricer is None else pricer.refusal()
     notes = [*told, *_notes(hooks, traits), *_context(context)]
+    if shape is not None and shape.misleading:
+        notes.append(
+            f"the code of {shape.model_type} does not read {', '.join(shape.misleading)} of "
+            "config.json: planned and run as if not there"
+        )
     if reshaped is not None and not reshaped.weighed:
         notes.append("what its weights take is not known before they are on this machine")
     return Verdict(recipe, hooks, target, reshaped, excess, pricer, DoesNotFit, notes)

@@ -13,6 +13,7 @@ import pytest
 from engine import builder, recipe
 from engine.quantizing import remembered, trial
 from engine.session import Session
+from tests.hub import Hub, served
 from tests.models import tiny_model
 from tests.trials import filling
 
@@ -77,6 +78,13 @@ def build(model: Callable[[str], Path]) -> Iterator[Build]:
     yield make
     for session in sessions:
         session.close()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """Return a hub of one model, `org/model`, without files yet."""
+    with served(monkeypatch, tmp_path) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -108,6 +108,10 @@ def _generation(values: Any) -> Callable[[Path], None]:
     return spoil
 
 
+def _adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated body": (_bytes(lambda data: data[:-1000]), r"[\d,]+ bytes"),
     "truncated header": (_bytes(lambda data: data[:60]), r"\d+ bytes"),
@@ -151,6 +155,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing file": (lambda folder: _weights(folder).unlink(), "safetensors"),
     "only pickle": (_only_pickle, "pickle"),
     "config is not JSON": (_not_json, "not JSON"),
+    "an adapter beside": (_adapter, r"adapter of peft \(LORA\).*beside a whole model"),
     "tokenizer is larger": (_larger_tokenizer, "32[0-9]"),
 }
 
@@ -217,6 +222,22 @@ def test_settings_that_nothing_uses_stop_nothing(
     spoil(folder)
     with engine.build(engine.compose("base", [f"model.path={folder}"])) as session:
         assert session.generate("x").token_ids
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_a_tensor_in_two_shards(factor: int, sound: dict[str, Path], tmp_path: Path) -> None:
+    """transformers takes whichever comes last; the same twice is no harm."""
+    folder = Path(shutil.copytree(sound["sharded"], tmp_path / "model"))
+    other = next(file for file in folder.glob("*.safetensors") if file != _weights(folder))
+    twice = load_file(other) | {TENSOR: load_file(_weights(folder))[TENSOR] * factor}
+    save_file(twice, other, metadata={"format": "pt"})
+    recipe = engine.compose("base", [f"model.path={folder}"])
+    if factor == 1:
+        with engine.build(recipe) as session:
+            assert session.generate("x").token_ids
+        return
+    with pytest.raises(CheckpointError, match=rf"different values: {TENSOR} \(in model-.* and "):
+        verdict.check(recipe).raise_for_problems()
 
 
 @pytest.mark.parametrize("fault", ["one layer more", "packed by nobody", "negative rope"])

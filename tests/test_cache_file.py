@@ -33,7 +33,7 @@ CACHES = [name for name in registry.installed()["cache"] if name != "offloaded"]
 """All but the one that a CPU has no use for."""
 
 
-def _say(chat: Any, message: str) -> list[int]:
+def say(chat: Any, message: str) -> list[int]:
     stream = chat.send(message)
     for _ in stream:
         pass
@@ -41,10 +41,10 @@ def _say(chat: Any, message: str) -> list[int]:
     return tokens
 
 
-def _saved(session: Session, file: Path) -> Any:
+def saved(session: Session, file: Path) -> Any:
     chat = session.chat()
     for turn in TURNS:
-        _say(chat, turn)
+        say(chat, turn)
     chat.save(file)
     return chat
 
@@ -60,13 +60,13 @@ def test_another_session_goes_on_exactly(
     except RecipeError as refusal:
         pytest.skip(f"refused: {refusal.problems[0].message}")
     file = tmp_path / "talk.safetensors"
-    chat = _saved(session, file)
-    expected = [_say(chat, message) for message in ("go on", "and on")]
+    chat = saved(session, file)
+    expected = [say(chat, message) for message in ("go on", "and on")]
     again: Any = build(*words, family=family).chat(resume=file)
     assert again.messages == chat.messages[:4]
-    found = [_say(again, "go on")]
+    found = [say(again, "go on")]
     receipt = again.receipt
-    found.append(_say(again, "and on"))
+    found.append(say(again, "and on"))
     assert found == expected
     if cache == "none":
         assert receipt is None
@@ -100,7 +100,7 @@ def test_another_process_goes_on_exactly(engine: Run, model: ModelFolder, tmp_pa
 def test_a_file_holds_no_pickle_and_says_what_it_is(build: Build, tmp_path: Path) -> None:
     file = tmp_path / "talk.safetensors"
     session = build(*WORDS)
-    chat = _saved(session, file)
+    chat = saved(session, file)
     about = cache_file.read_about(file)
     assert about["recipe digest"] == session.recipe.digest
     assert about["messages"] == chat.messages
@@ -113,7 +113,7 @@ def test_a_file_holds_no_pickle_and_says_what_it_is(build: Build, tmp_path: Path
 
 def test_reading_about_it_needs_no_torch(build: Build, tmp_path: Path) -> None:
     file = tmp_path / "talk.safetensors"
-    _saved(build(*WORDS), file)
+    saved(build(*WORDS), file)
     code = (
         "import sys; from pathlib import Path; from engine import conversation; "
         "from engine.caching import cache_file; "
@@ -136,7 +136,7 @@ def test_a_cache_of_another_make_is_refused(
     build: Build, tmp_path: Path, words: list[str], told: str
 ) -> None:
     file = tmp_path / "talk.safetensors"
-    _saved(build(*WORDS), file)
+    saved(build(*WORDS), file)
     with pytest.raises(RecipeError, match=told) as refusal:
         build(*WORDS, *words).chat(resume=file)
     assert refusal.value.problems[0].code == "conversation-differs"
@@ -144,7 +144,7 @@ def test_a_cache_of_another_make_is_refused(
 
 def test_other_weights_of_the_same_shape_are_refused(build: Build, tmp_path: Path) -> None:
     file = tmp_path / "talk.safetensors"
-    _saved(build(*WORDS), file)
+    saved(build(*WORDS), file)
     other = build(*WORDS)
     model: Any = other.model
     with torch.no_grad():
@@ -155,16 +155,16 @@ def test_other_weights_of_the_same_shape_are_refused(build: Build, tmp_path: Pat
 
 def test_what_computes_it_and_where_it_lies_may_differ(build: Build, tmp_path: Path) -> None:
     file = tmp_path / "talk.safetensors"
-    _saved(build(*WORDS), file)
+    saved(build(*WORDS), file)
     other = build("decode.max_new_tokens=3", "seed=7", "task.chat_template=true")
-    _say(other.chat(resume=file), "go on")
+    say(other.chat(resume=file), "go on")
 
 
 @pytest.mark.parametrize("where", ["-8", "0", "10", "half"])
 def test_a_damaged_file_is_refused(build: Build, tmp_path: Path, where: str) -> None:
     file = tmp_path / "talk.safetensors"
     session = build(*WORDS)
-    _saved(session, file)
+    saved(session, file)
     data = bytearray(file.read_bytes())
     data[len(data) // 2 if where == "half" else int(where)] ^= 0x10
     file.write_bytes(data)
@@ -176,7 +176,7 @@ def test_a_damaged_file_is_refused(build: Build, tmp_path: Path, where: str) -> 
 def test_a_file_that_was_cut_short_is_refused(build: Build, tmp_path: Path, left: int) -> None:
     file = tmp_path / "talk.safetensors"
     session = build(*WORDS)
-    _saved(session, file)
+    saved(session, file)
     file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(CheckpointError):
         session.chat(resume=file)
@@ -195,7 +195,7 @@ def test_values_that_are_not_finite_are_not_saved_and_not_read(
     file = tmp_path / "talk.safetensors"
     session = build(*WORDS)
     chat = session.chat()
-    _say(chat, "hello")
+    say(chat, "hello")
     chat._values.cache.layers[1].values[0, 0, 0, 0] = float("nan")  # type: ignore[attr-defined]
     with pytest.raises(RuntimeFailure, match=r"NaN or infinite: cache.layers.1.values"):
         chat.save(file)
@@ -225,7 +225,7 @@ def test_a_cache_that_no_file_can_hold_is_told(
         session, "new_cache", lambda *_: KeyValues(cache=Cache(layer_class_to_replicate=Knowing))
     )
     chat = session.chat()
-    _say(chat, "hello")
+    say(chat, "hello")
     with pytest.raises(RuntimeFailure, match=r"cache.layers.0.lock is a tuple_iterator"):
         chat.save(tmp_path / "talk.safetensors")
     assert not list(tmp_path.iterdir())
@@ -242,16 +242,16 @@ def test_a_replicated_layer_is_made_again(
         "new_cache",
         lambda *_: KeyValues(cache=Cache(layer_class_to_replicate=DynamicLayer)),
     )
-    chat = _saved(session, tmp_path / "talk.safetensors")
+    chat = saved(session, tmp_path / "talk.safetensors")
     again = session.chat(resume=tmp_path / "talk.safetensors")
-    assert _say(again, "go on") == _say(chat, "go on")
+    assert say(again, "go on") == say(chat, "go on")
 
 
 def test_a_file_cannot_replace_what_a_cache_does(build: Build, tmp_path: Path) -> None:
     """A file may name any attribute; none that is code is set, whatever its checksum says."""
     session = build(*WORDS)
     chat = session.chat()
-    _say(chat, "hello")
+    say(chat, "hello")
     chat._values.cache.layers[0].update = 5  # type: ignore[attr-defined]
     with pytest.raises(RuntimeFailure, match=r"update is no value"):
         chat.save(tmp_path / "talk.safetensors")
@@ -277,12 +277,12 @@ def test_a_file_that_says_what_none_says_is_refused(
     """Whatever its checksum says: it may be another program's."""
     file = tmp_path / "talk.safetensors"
     session = build(*WORDS)
-    _saved(session, file)
-    saved = cache_file.read(file)
+    saved(session, file)
+    content = cache_file.read(file)
     chat = session.chat()
-    _say(chat, "hello")
+    say(chat, "hello")
     cache = chat._values.cache  # type: ignore[attr-defined]
-    cache_file.write(file, {**saved.about, key: value}, cache, None)
+    cache_file.write(file, {**content.about, key: value}, cache, None)
     with pytest.raises((CheckpointError, RecipeError)):
         session.chat(resume=file)
 
@@ -290,7 +290,7 @@ def test_a_file_that_says_what_none_says_is_refused(
 def test_a_link_stays_a_link(build: Build, tmp_path: Path) -> None:
     file, link = tmp_path / "talk.safetensors", tmp_path / "link"
     link.symlink_to(file)
-    _saved(build(*WORDS), link)
+    saved(build(*WORDS), link)
     assert link.is_symlink()
     assert file.is_file()
 
@@ -309,7 +309,7 @@ def test_a_conversation_that_did_not_begin_can_be_saved(build: Build, tmp_path: 
     file = tmp_path / "talk.safetensors"
     session = build(*WORDS)
     session.chat().save(file)
-    assert _say(session.chat(resume=file), "hello") == _say(session.chat(), "hello")
+    assert say(session.chat(resume=file), "hello") == say(session.chat(), "hello")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_a_resumed_recipe_is_compared_before_the_model_loads(
     engine: Run, build: Build, tmp_path: Path
 ) -> None:
     file = tmp_path / "talk.safetensors"
-    _saved(build(*WORDS), file)
+    saved(build(*WORDS), file)
     words = ["base", "model.path=not/here", "cache=static", "--resume", str(file)]
     done = engine("chat", *words, text="hello\n")
     assert done.returncode == 2, done.stderr

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "conversation"
 
 

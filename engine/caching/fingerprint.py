@@ -5,24 +5,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
-from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.tensors import plain_parts, raw
+from engine.loading.places import real
+from engine.tensors import digests
 
 if TYPE_CHECKING:
-    import torch
-
     from engine.recipe import Recipe
     from engine.session import Session
 
 SLOTS = ("quantize", "heads", "position_encoding", "attention", "cache")
 """Slots whose choice and options shape what a cache holds."""
-
-SAMPLES = 64
-"""Numbers of each tensor that are compared: no training leaves all of them as they were."""
 
 Fingerprint = Mapping[str, Any]
 
@@ -41,13 +37,14 @@ def of_recipe(recipe: Recipe) -> dict[str, Any]:
 
 
 def of_session(session: Session) -> dict[str, Any]:
-    """Return that, and what the built model is: its number format, its config, its weights."""
+    """Return that, and what was built: number format, config, weights, and what tokens mean."""
     return {
         **of_recipe(session.recipe),
         "device": session.device.type,
         "number format": str(session.model.dtype).removeprefix("torch."),
         "the model's config": _config(session.model.config.to_dict()),
-        "the model's weights": _weights(session.model),
+        "the model's weights": session.weights_digest,
+        "the model's tokenizer": _tokenizer(session.tokenizer),
     }
 
 
@@ -62,6 +59,21 @@ def differences(here: Fingerprint, there: Fingerprint) -> list[str]:
     ]
 
 
+def weights(model: Any) -> str:
+    """Return a digest of every byte that a checkpoint of the model would hold.
+
+    All of it: of a merge into one layer, or of a few new rows, no sample is sure to have a part;
+    and of packed weights the scales belong to it, which are no parameters. It takes about as long
+    as looking for values that are not finite, which loading does.
+    """
+    return _digest(
+        digests(
+            model.state_dict(),
+            lambda name, value: real(model, name, value) if hasattr(value, "is_meta") else value,
+        )
+    )
+
+
 def _config(values: Any) -> str:
     def kept(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -73,25 +85,26 @@ def _config(values: Any) -> str:
             if not str(key).startswith("_") and key not in ("transformers_version", "dtype")
         }
 
-    text = json.dumps(kept(values), sort_keys=True, default=str)
+    return _digest(kept(values))
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """Return a digest of how text becomes ids, and which: all of its parts, special tokens too."""
+    if tokenizer.is_fast:
+        told = json.loads(tokenizer.backend_tokenizer.to_str())
+        for passing in ("padding", "truncation"):  # as the last call had them
+            told.pop(passing, None)
+    else:
+        named = (getattr(tokenizer, key, None) for key in tokenizer.vocab_files_names)
+        told = {
+            "vocabulary": tokenizer.get_vocab(),
+            "added": {id: repr(token) for id, token in tokenizer.added_tokens_decoder.items()},
+            "files": [Path(file).read_bytes().hex() for file in named if file],
+        }
+    told["special tokens"] = tokenizer.special_tokens_map
+    return _digest(told)
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _weights(model: Any) -> str:
-    found = hashlib.sha256()
-    for name, tensor in chain(model.named_parameters(), _buffers(model)):
-        for part in plain_parts(tensor):
-            found.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-            if part.device.type == "meta" or not part.numel():
-                continue
-            every = max(1, part.numel() // SAMPLES)
-            found.update(raw(part.reshape(-1)[::every][:SAMPLES]))
-    return found.hexdigest()[:16]
-
-
-def _buffers(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the buffers that belong to a checkpoint; others change while the model runs."""
-    for name, module in model.named_modules():
-        for key, tensor in module._buffers.items():
-            if tensor is not None and key not in module._non_persistent_buffers_set:
-                yield f"{name}.{key}", tensor

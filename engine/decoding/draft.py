@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.decoding.speculation import RECURRENT, croppable
 from engine.errors import CheckpointError, Problem, RecipeError
-from engine.loading import checkpoint
-from engine.loading.common import quiet
+from engine.loading import checkpoint, prequantized
+from engine.loading.common import made_config, quiet
 from engine.loading.known_models import known_config
 from engine.shape import ModelShape, read_shape
 
@@ -44,12 +44,13 @@ def refuse_draft(path: str, revision: str | None, context: CheckContext) -> Iter
         main = checkpoint.locate(model.path, model.revision, download=False)
     except CheckpointError as error:
         for problem in error.problems:
-            yield _problem(
-                "draft", f"decode.draft={path}: {problem.message}", "decode.draft=FOLDER_OR_HUB_ID"
-            )
+            hint = problem.hint.replace("model.path=", "decode.draft=")
+            hint = hint if "decode.draft=" in hint else "decode.draft=FOLDER_OR_HUB_ID"
+            yield _problem("draft", f"decode.draft={path}: {problem.message}", hint)
         return
     if shape is None or folder is None:
         return
+    yield from _packed(path, shape)
     if not croppable(shape):
         yield RECURRENT.problem("decode", f"decode.draft={path} cannot draft")
     if context.shape is None or main is None:
@@ -68,11 +69,15 @@ def load_draft(path: str, revision: str | None, context: DecodeContext) -> PreTr
         CheckpointError: for files that are not what they should be.
         RecipeError: for another vocabulary than the model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = checkpoint.fetch_weights(path, revision)
     tensors = checkpoint.tensors(folder)
-    checkpoint.verify_promises(read_shape(checkpoint.read_config(folder), tensors))
+    shape = read_shape(checkpoint.read_config(folder), tensors)
+    if packed := list(_packed(path, shape)):
+        raise RecipeError(packed)
+    checkpoint.verify_promises(shape)
+    prequantized.verify_signs(shape)
     checkpoint.verify_checksums(folder)
     checkpoint.verify_finite(folder)
     auto: Any = AutoModelForCausalLM
@@ -81,7 +86,7 @@ def load_draft(path: str, revision: str | None, context: DecodeContext) -> PreTr
             tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             model, info = auto.from_pretrained(
                 folder,
-                config=AutoConfig.from_pretrained(folder),
+                config=made_config(folder, shape.ignored),
                 dtype=context.model.dtype,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # told by verify_loaded, with all other faults
@@ -95,6 +100,13 @@ def load_draft(path: str, revision: str | None, context: DecodeContext) -> PreTr
         raise RecipeError(_other_vocabulary(path))
     found: PreTrainedModel = model.eval().to(context.model.device)
     return found
+
+
+def _packed(path: str, shape: ModelShape) -> Iterator[Problem]:
+    """Refuse packed weights: a draft is small, and loaded in the model's number format."""
+    if shape.quantization:
+        what = f"decode.draft={path} is packed ({shape.quantization}), and a draft is loaded plain"
+        yield _problem("draft-packed", what, "decode.draft=ITS_ORIGINAL_CHECKPOINT")
 
 
 def _vocabulary(folder: Path) -> Any:

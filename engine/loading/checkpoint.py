@@ -20,9 +20,10 @@ from engine.loading.model_folder import (
     SMALL_FILES,
     escapes,
     fetch,
-    gguf_files,
     is_local,
+    listed,
     locate,
+    refuse_listed,
 )
 from engine.loading.model_json import (
     bad_file,
@@ -33,7 +34,14 @@ from engine.loading.model_json import (
     some,
     unusable,
 )
-from engine.loading.safetensors_header import Header, TensorInfo, read_header
+from engine.loading.other_folders import names_in, refuse_weights
+from engine.loading.safetensors_header import (
+    FLOATS,
+    Header,
+    TensorInfo,
+    read_header,
+    tensor_digest,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +55,9 @@ __all__ = [
     "TensorInfo",
     "fetch_weights",
     "generation_config",
+    "left_out",
     "locate",
+    "other_parts",
     "read_config",
     "read_header",
     "some",
@@ -55,6 +65,7 @@ __all__ = [
     "unusable",
     "verify_checksums",
     "verify_dtypes",
+    "verify_files",
     "verify_finite",
     "verify_loaded",
     "verify_promises",
@@ -65,12 +76,17 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Causal masks that old checkpoints of GPT-2, GPT-Neo and GPT-J hold; models make their own now.
 _RELICS = ("*.attn.bias", "*.attn.attention.bias", "*.masked_bias")
-_PACKINGS = ("bitsandbytes", "gptq", "awq")
 _PARTS = "model|transformer|gpt_neox|decoder|language_model"
 _LAYER = re.compile(rf"(?:(?:{_PARTS})\.)*(?:layers|h)\.(\d+)\.")
 _LAYER_LOOP = re.compile(r"range\(config\.(?:num_hidden_layers|n_layer)\)")
-FLOATS = ("F64", "F32", "F16", "BF16")
-_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
+_OTHER_PART = re.compile(
+    r"(?:[a-z]\w*\.)*?(?:\w+_)?(?:vision|visual|image|images|video|audio|speech|sound|vq|vqmodel|mm|"
+    r"multi_modal|multimodal|projector|connector|resampler|perceiver|qformer|talker|token2wav|"
+    r"code2wav)(?:_\w+)?(?:\.|$)"
+)
+_PICKLES = "pytorch_model*.bin"
+_PACKED_HERE = ".quant_state.bitsandbytes__"
+"""Behind a weight's name: how bitsandbytes packed it in 4 bits."""
 
 
 def _counted(names: Collection[str]) -> str:
@@ -87,21 +103,45 @@ def tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorInfo
         return read_header(folder / _WEIGHTS)
     if (folder / _INDEX).is_file():
         return _sharded(folder)
-    if pickles := sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern)):
-        if allow_pickle:
-            return {}
-        raise bad_file(
+    if allow_pickle and any(folder.glob(_PICKLES)):
+        return {}
+    raise _without_weights(folder, names_in(folder))
+
+
+def verify_files(folder: Path, *, allow_pickle: bool = False) -> None:
+    """Raise CheckpointError, as `tensors` does, for weights that are there and of no use."""
+    try:
+        tensors(folder, allow_pickle=allow_pickle)
+    except CheckpointError as error:
+        if {problem.code for problem in error.problems} != {
+            "weights"
+        }:  # none at all can be planned
+            raise
+
+
+def left_out(folder: Path, names: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the safetensors files of a folder that hold none of its model's tensors."""
+    used = {info.file.name for info in names.values()}
+    return sorted(file.name for file in folder.glob("*.safetensors") if file.name not in used)
+
+
+def _without_weights(folder: Path, names: Collection[str]) -> CheckpointError:
+    """Return the refusal of a folder without safetensors; raise a more telling one where it can.
+
+    Args:
+        names: of all that is there, at the hub too.
+    """
+    if pickles := sorted(name for name in names if fnmatchcase(name, _PICKLES)):
+        return bad_file(
             folder,
             f"the weights are only there as pickle, which can run code: {some(pickles)}",
             "take a revision with safetensors, or convert them where that can do no harm "
             "(from_pretrained, save_pretrained), or trust them: load.allow_pickle=true",
             "pickle",
         )
+    refuse_weights(folder, names)
     message = f"no weights: neither {_WEIGHTS} nor {_INDEX}"
-    hint = f"in the folder there is: {listing(folder)}"
-    if files := gguf_files(folder):
-        hint = f"for those of llama.cpp: load=gguf load.file={files[0]}"
-    raise bad_file(folder, message, hint, "weights")
+    return bad_file(folder, message, f"in the folder there is: {listing(folder)}", "weights")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -130,7 +170,25 @@ def _sharded(folder: Path) -> Header:
         message = f"{_counted(lost)} that {_INDEX} promises: {some(where)}"
         hint = "index and shards are of different checkpoints: fetch all of them again"
         raise bad_file(folder / _INDEX, message, hint, "shards")
+    _refuse_ambiguous(folder, headers)
     return {name: info for header in headers.values() for name, info in header.items()}
+
+
+def _refuse_ambiguous(folder: Path, headers: Mapping[str, Header]) -> None:
+    """Raise CheckpointError for a tensor of which shards hold different values."""
+    holders: dict[str, list[str]] = {}
+    for shard, header in headers.items():
+        for name in header:
+            holders.setdefault(name, []).append(shard)
+    differing = [
+        f"{name} (in {' and '.join(shards)})"
+        for name, shards in holders.items()
+        if len(shards) > 1 and len({tensor_digest(folder / each, name) for each in shards}) > 1
+    ]
+    if differing:
+        message = f"{_counted(differing)} of which shards hold different values: {some(differing)}"
+        hint = "shards of two checkpoints are mixed: fetch all of them again"
+        raise bad_file(folder, message, hint, "shards")
 
 
 def _unlisted(folder: Path) -> set[str]:
@@ -151,18 +209,21 @@ def fetch_weights(path: str, revision: str | None, *, allow_pickle: bool = False
     assert folder is not None
     if is_local(path):
         return folder
+    refuse_listed(path, revision, folder)
     shards = _shards(folder) if (folder / _INDEX).is_file() else [_WEIGHTS]
     folder = fetch(path, revision, [*SMALL_FILES, *shards])
-    if allow_pickle and not any((folder / shard).is_file() for shard in shards):
-        folder = fetch(path, revision, [*SMALL_FILES, "pytorch_model*.bin"])
-    return folder
+    if any((folder / shard).is_file() for shard in shards):
+        return folder
+    if allow_pickle:
+        return fetch(path, revision, [*SMALL_FILES, _PICKLES])
+    raise _without_weights(folder, listed(path, revision) or [])
 
 
 def verify_promises(shape: ModelShape) -> None:
     """Raise CheckpointError where the headers of the weights contradict config.json.
 
     Only where neither can mean something else: the usual names of layers, in a model whose code
-    makes as many as the config counts, and packings that store no plain numbers.
+    makes as many as the config counts.
     """
     where, code = Path("config.json"), family(shape.model_type).model_code
     found = [match for match in map(_LAYER.match, shape.tensors) if match]
@@ -172,14 +233,6 @@ def verify_promises(shape: ModelShape) -> None:
     if found and (there < shape.layers or more) and _LAYER_LOOP.search(code):
         message = f"config.json says {shape.layers} layers, the weights have {there}"
         raise bad_file(where, message, "config.json is another model's: fetch both again", "layers")
-    kinds = {tensor.dtype for tensor in shape.tensors.values()}
-    if kinds and shape.quantization in _PACKINGS and kinds <= set(FLOATS):
-        message = (
-            f"config.json says that the weights are packed by {shape.quantization}; "
-            f"all of them are plain numbers: {', '.join(sorted(kinds))}"
-        )
-        hint = "remove quantization_config from it; to pack them now: quantize=bitsandbytes"
-        raise bad_file(where, message, hint, "quantization")
 
 
 def verify_checksums(folder: Path) -> int:
@@ -226,13 +279,18 @@ def _sha256(file: Path) -> str:
 def verify_finite(folder: Path, names: Collection[str] | None = None) -> None:
     """Look for NaN and infinity in every floating tensor (of `names`), one tensor at a time.
 
-    4- and 6-bit floats are skipped: they have neither. Pickle files are not looked into at all.
+    4- and 6-bit floats are skipped: they have neither; so are the codes that bitsandbytes stores as
+    floats where it is told to (`bnb_4bit_quant_storage`). Pickle files are not looked into at all.
     Raises CheckpointError with the count for each bad tensor.
     """
     from safetensors import safe_open
 
     files: dict[Path, list[str]] = {}
-    for name, info in tensors(folder, allow_pickle=True).items():
+    held = tensors(folder, allow_pickle=True)
+    codes = _packed_in_4_bits(held)
+    for name, info in held.items():
+        if name in codes:
+            continue
         can_be_bad = info.nbytes and info.dtype.startswith(("F8", "F16", "BF16", "F32", "F64", "C"))
         if can_be_bad and (names is None or name in names):
             files.setdefault(info.file, []).append(name)
@@ -244,6 +302,11 @@ def verify_finite(folder: Path, names: Collection[str] | None = None) -> None:
         hint = "training diverged or the file is damaged: take another checkpoint"
         message = f"{_counted(bad)} with values that are not finite: {some(bad)}"
         raise bad_file(folder, message, hint, "not-finite")
+
+
+def _packed_in_4_bits(names: Iterable[str]) -> set[str]:
+    """Return the weights that bitsandbytes packed in 4 bits, in whatever format it stores codes."""
+    return {name.partition(_PACKED_HERE)[0] for name in names if _PACKED_HERE in name}
 
 
 def _not_finite(name: str, handle: Any) -> str:
@@ -261,6 +324,15 @@ def _not_finite(name: str, handle: Any) -> str:
     return f"{name} ({nan} NaN and {inf} Inf of {tensor.numel()})"
 
 
+def other_parts(info: Mapping[str, Any]) -> list[str]:
+    """Return the tensors of parts that a text model has no place for: those that see or hear.
+
+    None where anything is missing: then config.json is more likely that of another model.
+    """
+    surplus = [] if info["missing_keys"] else info["unexpected_keys"]
+    return sorted(name for name in surplus if _OTHER_PART.match(name))
+
+
 def verify_loaded(
     folder: Path,
     info: Mapping[str, Any],
@@ -276,13 +348,15 @@ def verify_loaded(
     Load with `ignore_mismatched_sizes=True`, so that shapes are told here. transformers does not
     compare those of layers that it quantizes: with `tensors` they are, but for names in which an
     expression of `reshaped` is found. Tied weights and what the model's class ignores are not in
-    `info` anymore; the two `expected_…` are names or patterns (`*.bias`) of what else may differ.
-    Raises CheckpointError with all differences.
+    `info` anymore, and `other_parts` may be left out; the two `expected_…` are names or patterns
+    (`*.bias`) of what else may differ. Raises CheckpointError with all differences.
     """
     missing = _unmatched(info["missing_keys"], expected_missing)
     unlisted = sorted(_unlisted(folder).intersection(missing)) if missing else []
     missing = [name for name in missing if name not in unlisted]
-    unexpected = _unmatched(info["unexpected_keys"], [*_RELICS, *expected_unexpected])
+    left = {*_RELICS, *expected_unexpected, *other_parts(info)}
+    unexpected = _unmatched(info["unexpected_keys"], left)
+    renamed = [name for name in missing if any(each.endswith(f".{name}") for each in unexpected)]
     differing = [
         *info["mismatched_keys"],
         *_linear_mismatches(tensors or {}, model, [re.compile(each) for each in reshaped]),
@@ -297,7 +371,10 @@ def verify_loaded(
         (
             missing,
             f"missing from the checkpoint that the config promises ({kind} has {total})",
-            "config.json has more layers than the weights, or weights are missing or renamed",
+            f"they may be there under other names, as part of a larger model ({unexpected[0]}, …): "
+            "take its config.json, or rename them"
+            if renamed
+            else "config.json has more layers than the weights, or weights are missing or renamed",
         ),
         (
             unlisted,
@@ -305,7 +382,7 @@ def verify_loaded(
             "the index is incomplete: fetch it again, or save the checkpoint anew",
         ),
         (
-            unexpected,
+            [] if renamed else unexpected,
             f"of the checkpoint without a place in {kind}",
             "config.json has fewer layers than the weights, or is another model's",
         ),
@@ -330,11 +407,17 @@ def verify_loaded(
         raise CheckpointError(problems)
 
 
-def verify_dtypes(folder: Path, tensors: Mapping[str, TensorInfo], model: PreTrainedModel) -> None:
+def verify_dtypes(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo],
+    model: PreTrainedModel,
+    left_out: Collection[str] = (),
+) -> None:
     """Raise CheckpointError for weights that are not plain floating point numbers.
 
-    For checkpoints that do not say that they are quantized. transformers takes what there is:
-    codes without their scales as weights, of complex numbers the real part.
+    For checkpoints that do not say that they are quantized; those of `left_out` are no matter.
+    transformers takes what there is: codes without their scales as weights, of complex numbers the
+    real part.
     """
     buffers = {name for name, _ in model.named_buffers()}
     prefix = f"{model.base_model_prefix}."
@@ -343,6 +426,7 @@ def verify_dtypes(folder: Path, tensors: Mapping[str, TensorInfo], model: PreTra
         f"{name} is {info.dtype}"
         for name, info in tensors.items()
         if info.dtype not in FLOATS
+        and name not in left_out
         and not buffers & {name, prefix + name, name.removeprefix(prefix)}
         and not any(each.search(name) for each in ignored)
     ]
@@ -358,9 +442,12 @@ def verify_dtypes(folder: Path, tensors: Mapping[str, TensorInfo], model: PreTra
 def _linear_mismatches(
     tensors: Mapping[str, TensorInfo], model: PreTrainedModel, reshaped: list[re.Pattern[str]]
 ) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    packed = _packed_in_4_bits(tensors)
     for name, module in model.named_modules():
         weight = f"{name}.weight"
-        if weight not in tensors or any(each.search(weight) for each in reshaped):
+        if weight not in tensors or weight in packed:
+            continue
+        if any(each.search(weight) for each in reshaped):
             continue
         if tensors[weight].dtype.startswith(("U", "I")):
             continue  # packed by whoever made the checkpoint

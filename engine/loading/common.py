@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import DoesNotFit
+from engine.config_keys import as_taken, without
+from engine.errors import DoesNotFit, EngineError
 from engine.loading import checkpoint
 
 if TYPE_CHECKING:
@@ -28,6 +29,35 @@ _NOISY = ("accelerate", "torchao", "torch.utils._pytree", "bitsandbytes")
 """Loggers that tell of kernels that nobody asked for, or of what the receipts tell."""
 
 _TOKENIZER = "put tokenizer.json and tokenizer_config.json beside config.json"
+
+
+def made_config(
+    folder: Path,
+    ignored: Collection[str] = (),
+    *,
+    stated: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """Return a checkpoint's config as transformers makes it, without keys that its code ignores.
+
+    transformers would keep these as attributes, and its caches believe them.
+
+    Args:
+        stated: what takes the place of config.json.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    made: PretrainedConfig
+    written = stated is None
+    if stated is None:
+        stated = checkpoint.read_config(folder)  # says more of a file that is missing or broken
+    if written and not ignored:
+        made = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    else:  # only of families that transformers knows
+        stated = without(as_taken(stated), ignored)
+        made = CONFIG_MAPPING[stated["model_type"]].from_dict(stated)
+        made._name_or_path = str(folder)
+    return made
 
 
 def from_pretrained(
@@ -65,6 +95,8 @@ def from_pretrained(
                 trust_remote_code=context.recipe.model.trust_remote_code,
                 **options,
             )
+        except EngineError:
+            raise
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise DoesNotFit(
                 f"the weights of {context.recipe.model.path} do not fit {context.device}: {error}",
@@ -174,16 +206,15 @@ def quiet() -> Iterator[None]:
 def _registered(config: PretrainedConfig, converters: Sequence[WeightConverter]) -> Iterator[None]:
     """Add converters to those of the model's type, for the time of one load."""
     from transformers import conversion_mapping
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not converters:
         yield
         return
     registry: Any = conversion_mapping
     # transformers looks under the class first, then under the type; the first found is used alone.
-    names = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), config.model_type]
+    names = _names_of_class(config)
     found = {name: registry.get_checkpoint_conversion_mapping(name) for name in names}
-    key = next((name for name in names if found[name] is not None), config.model_type)
+    key = next((name for name in names if found[name] is not None), names[-1])
     ours = key in registry.USER_REGISTERED_MAPPINGS
     registry.register_checkpoint_conversion_mapping(
         key, [*(found[key] or []), *converters], overwrite=True
@@ -197,3 +228,17 @@ def _registered(config: PretrainedConfig, converters: Sequence[WeightConverter])
             registry._checkpoint_conversion_mapping_cache[key] = found[key]
         if not ours:
             registry.USER_REGISTERED_MAPPINGS.discard(key)
+
+
+def _names_of_class(config: PretrainedConfig) -> tuple[str, str]:
+    """Return the class that is made of a config, and the type of model that this calls itself.
+
+    Some models of several parts have a class for the text alone, as Llama 4 has.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = mapping.get(type(config), None)
+    text = config.get_text_config()
+    own = text if getattr(kind, "config_class", None) is type(text) else config
+    return getattr(kind, "__name__", ""), own.model_type

@@ -29,7 +29,7 @@ from engine.loading.common import quiet
 from engine.recipe import Recipe
 from engine.registry import name_of
 from engine.rules import Rule
-from engine.tensors import plain_parts, raw
+from engine.tensors import digests
 from engine.verdict import check
 
 if TYPE_CHECKING:
@@ -200,7 +200,9 @@ def _save(session: Session, folder: Path) -> None:
     model.generation_config = GenerationConfig.from_model_config(model.config)
     try:
         with quiet():
-            model.save_pretrained(folder)
+            # What came packed has no way back to other names, and transformers would look for one.
+            packed = quantizer is not None and quantizer.pre_quantized
+            model.save_pretrained(folder, save_original_format=not packed)
             session.tokenizer.save_pretrained(folder)
     except (OSError, EngineError):
         raise
@@ -234,19 +236,7 @@ def _fingerprint(session: Session) -> dict[str, str]:
     with torch.no_grad():
         ids = torch.arange(8, device=session.device)[None] % session.embedding_rows
         held["logits of a probe"] = model(input_ids=ids, use_cache=False).logits
-    return {name: _digest(value) for name, value in held.items()}
-
-
-def _digest(value: Any) -> str:
-    """Return a digest of a tensor's kind and bytes; of its parts, where it is made of several."""
-    import torch
-
-    if not isinstance(value, torch.Tensor):
-        return repr(value)
-    return " ".join(
-        f"{part.dtype} {list(part.shape)} {hashlib.sha256(raw(part)).hexdigest()}"
-        for part in plain_parts(value)
-    )
+    return digests(held)
 
 
 def _words(recipe: Recipe, folder: Path) -> list[str]:

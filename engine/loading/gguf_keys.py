@@ -14,20 +14,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from engine.config_keys import HEADS, HIDDEN, KV_HEADS, LAYERS, POSITIONS, VOCABULARY
 from engine.loading.gguf_families import windows
 from engine.loading.gguf_header import GgufHeader
 from engine.loading.gguf_known import Known
 from engine.positions import rotary
-from engine.shape import (
-    HEADS,
-    HIDDEN,
-    KV_HEADS,
-    LAYERS,
-    POSITIONS,
-    VOCABULARY,
-    WITHOUT_KEYS,
-    ModelShape,
-)
+from engine.shape import WITHOUT_KEYS, ModelShape
 
 SAME = 1e-5
 """Relative difference of numbers that are the same: a header has them in 32 bits."""

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from engine.errors import CheckpointError, Problem, choices_hint
+from engine.loading.other_folders import refuse_file, refuse_other
 
 EMBEDDED = "recipes://"
 """Prefix of the models that come with the package."""
@@ -34,23 +35,19 @@ def locate(path: str, revision: str | None, *, download: bool) -> Path | None:
     folder = Path(os.path.expanduser(path))
     if path and folder.is_dir():
         return folder
-    if _looks_like_a_path(path) or folder.is_file():
+    if folder.is_file():
+        refuse_file(folder)
+    if _looks_like_a_path(path):
         there = os.path.abspath(folder)
         looked = "" if there == path else f" (looked for {there})"
-        why = "is a file: give its folder" if folder.is_file() else f"is not there{looked}"
-        hint = _sibling_hint(path, folder)
-        if folder.is_file() and folder.suffix == ".gguf":
-            hint = (
-                f"model.path={path[: -len(folder.name)] or './'} load=gguf load.file={folder.name}"
-            )
-        raise _refused(path, f"{path} {why}", hint)
+        raise _refused(path, f"{path} is not there{looked}", _sibling_hint(path, folder))
     return fetch(path, revision, SMALL_FILES) if download else _cached(path, revision)
 
 
-def gguf_files(folder: Path) -> list[str]:
-    """Return the names of a folder's GGUF files that may be models; of a split one the first."""
-    other = re.compile(r"mmproj|imatrix|.*-(?!00001)\d{5}-of-\d{5}\.gguf\Z")
-    return sorted(each.name for each in folder.glob("*.gguf") if not other.match(each.name))
+def refuse_listed(path: str, revision: str | None, folder: Path) -> None:
+    """Raise CheckpointError for a hub model that is something else, by all the files it has."""
+    if not is_local(path) and not (folder / "config.json").is_file():
+        refuse_other(folder, listed(path, revision))
 
 
 def is_local(path: str) -> bool:
@@ -172,6 +169,17 @@ def fetch(
     except Exception as error:
         raise _unanswered(repo, revision, error) from error
     return Path(folder)
+
+
+def listed(repo: str, revision: str | None) -> list[str] | None:
+    """Return the paths of all files of a model of the hub; None where it does not answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().model_info(repo, revision=revision, timeout=_ANSWER_WITHIN).siblings
+    except Exception:
+        return None
+    return [each.rfilename for each in found or ()] or None
 
 
 def _unanswered(repo: str, revision: str | None, error: Exception) -> CheckpointError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError, Problem
 from engine.families import family
-from engine.loading.model_folder import gguf_files
+from engine.loading.other_folders import refuse_config, refuse_other
 from engine.loading.safetensors_header import disguise
 
 if TYPE_CHECKING:
@@ -27,12 +27,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json, parsed and nothing else.
 
     Raises CheckpointError when it is missing, not a JSON object, describes no model, or asks for
-    a kernel of the hub, which would be code from elsewhere.
+    a kernel of the hub, which would be code from elsewhere; and for a folder of another kind.
     """
-    if not (folder / "config.json").is_file() and (files := gguf_files(folder)):
-        message = "config.json is not there, and the weights are a file of llama.cpp"
-        raise bad_file(folder / "config.json", message, f"load=gguf load.file={files[0]}")
+    refuse_other(folder)
     config = json_object(folder / "config.json")
+    refuse_config(folder, config)
     if not (config.get("model_type") or config.get("architectures")):
         message = "config.json has neither model_type nor architectures: it describes no model"
         raise bad_file(folder / "config.json", message)
@@ -146,6 +145,8 @@ def unusable(folder: Path, error: Exception, what: str, hint: str = "") -> Check
     if sys.flags.optimize >= 2:
         message = f"{what}: it needs docstrings, which PYTHONOPTIMIZE=2 (python -OO) takes away"
         hint = "PYTHONOPTIMIZE=1, or unset it"
+    elif pretender := _pretender(folder):
+        message, hint = f"{what}: {pretender[0]}", pretender[1]
     elif found := _culprit(config, str(error)):
         message = f"{what}: it does not take {found} from config.json"
         hint = f"mend that value of config.json, or {AGAIN}"
@@ -154,6 +155,16 @@ def unusable(folder: Path, error: Exception, what: str, hint: str = "") -> Check
         mend = "install what it names" if isinstance(error, ImportError) else mend
         hint = CODE if _has_code(config) else mend
     return bad_file(folder, message, hint, "load")
+
+
+def _pretender(folder: Path) -> tuple[str, str] | None:
+    """Name a small file that is a page or a pointer instead of itself, and say what to do."""
+    for file in sorted(each for each in folder.iterdir() if each.is_file()):
+        with file.open("rb") as stream:
+            found = disguise(stream.read(256))
+        if found and file.suffix in (".json", ".model", ".txt"):
+            return f"{file.name} is {found[0]}", found[1]
+    return None
 
 
 def _has_code(config: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ data      the tensors, back to back
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from math import prod
@@ -29,6 +30,10 @@ DTYPE_BITS = {
 }
 """Bits per element of every dtype of the format."""
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Those of plain weights."""
+
+_CHUNK = 2**24
 _AGAIN = "an interrupted download or copy, or a full disk? fetch this file again"
 _DAMAGED = "the file is damaged or was not written by safetensors: fetch this file again"
 
@@ -66,6 +71,19 @@ def read_header(file: Path) -> Header:
     header = _tensors(file, _parse(file, body))
     _verify_data(file, header, size - 8 - length)
     return header
+
+
+def tensor_digest(file: Path, name: str) -> str:
+    """Return a digest of a tensor's kind and bytes, of a file whose header was read before."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(length))[name]
+        begin, end = entry["data_offsets"]
+        stream.seek(8 + length + begin)
+        found = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
+        for start in range(begin, end, _CHUNK):
+            found.update(stream.read(min(_CHUNK, end - start)))
+    return found.hexdigest()
 
 
 def disguise(start: bytes) -> tuple[str, str] | None:

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from engine import hookimpl
+from engine.config_keys import KV_HEADS
 from engine.contexts import CheckContext, Heads, HeadsContext, Receipt, ReshapeContext
 from engine.errors import Problem, RecipeError
 from engine.families import family
 from engine.loading.rewriting import rewriting, were_rewritten
-from engine.shape import KV_HEADS, read_shape
+from engine.shape import read_shape
 
 if TYPE_CHECKING:
     import torch

@@ -21,6 +21,7 @@ from engine.contexts import (
 from engine.errors import Problem, RecipeError
 from engine.loading import (
     checkpoint,
+    folder_kinds,
     gguf_config,
     gguf_header,
     gguf_tokenizer,
@@ -101,7 +102,7 @@ class Gguf:
             return
         asked = context.recipe.model
         folder = checkpoint.locate(asked.path, asked.revision, download=False)
-        there = model_folder.gguf_files(folder) if folder else []
+        there = folder_kinds.gguf_files(folder) if folder else []
         local = model_folder.is_local(asked.path)
         if not self._names_a_file:
             why = f"load.file={self.file!r} names no .gguf file of the model's folder"

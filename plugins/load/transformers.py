@@ -13,6 +13,7 @@ from engine.contexts import CheckContext, LoadContext, Loaded, Receipt
 from engine.errors import Problem
 from engine.loading import checkpoint, places, prequantized
 from engine.loading import common as loading
+from engine.loading.model_folder import is_local
 from engine.loading.placement import Placement, devices
 from engine.rules import Rule
 from engine.shape import read_shape
@@ -54,6 +55,10 @@ class LoadedCheckpoint(Loaded):
 
     files: Mapping[str, TensorInfo]
     checksums: int
+    left_out: list[str]
+    """Files beside them that hold nothing of the model."""
+    others: int
+    """Tensors of parts that see or hear, for which a text model has no place."""
     held: int
     """Parameters of which a row was as in the files when they were loaded."""
     sampled: Mapping[str, torch.Tensor]
@@ -106,12 +111,20 @@ class Transformers:
         packed = "weights.packed" in context.traits
         if offloads and packed and self.offload_unpacked and "target.cuda" not in context.traits:
             yield NOTHING_PACKED.problem("load", "packed weights and a device map without a GPU")
+        asked = context.recipe.model
         if context.shape is not None:
+            if not context.shape.tensors and is_local(asked.path):
+                folder = checkpoint.locate(asked.path, asked.revision, download=False)
+                assert folder is not None
+                checkpoint.verify_files(folder, allow_pickle=self.allow_pickle)
+            checkpoint.verify_promises(context.shape)
+            prequantized.verify_signs(context.shape)
             if offloads and context.shape.quantization and not self.offload_unpacked:
                 what = f"a checkpoint packed by {context.shape.quantization} and offloading"
                 yield PACKED_OFFLOAD.problem("load", what)
-            yield from prequantized.problems(context.shape, context.target, context.traits)
-            checkpoint.verify_promises(context.shape)
+            yield from prequantized.problems(
+                context.shape, context.target, context.traits, context.dtype
+            )
 
     @hookimpl
     def load(self, context: LoadContext) -> LoadedCheckpoint:
@@ -122,7 +135,9 @@ class Transformers:
         )
         tensors = checkpoint.tensors(folder, allow_pickle=self.allow_pickle)
         config = checkpoint.read_config(folder)
-        checkpoint.verify_promises(read_shape(config, tensors))
+        shape = read_shape(config, tensors)
+        checkpoint.verify_promises(shape)
+        prequantized.verify_signs(shape)
         checksums = checkpoint.verify_checksums(folder)
         if self.scan:
             checkpoint.verify_finite(folder)
@@ -138,9 +153,12 @@ class Transformers:
         loading.own(model)
         self._placement.verify(model)
         reshaped = [p for each in context.converters for p in each.source_patterns]
-        if config.get("quantization_config") is None:
-            checkpoint.verify_dtypes(folder, tensors, model)
+        if shape.quantization == "bitsandbytes":
+            prequantized.verify_packed(folder, tensors, model)
         checkpoint.verify_loaded(folder, info, model=model, tensors=tensors, reshaped=reshaped)
+        others = checkpoint.other_parts(info)
+        if config.get("quantization_config") is None:
+            checkpoint.verify_dtypes(folder, tensors, model, others)
         checkpoint.verify_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0])
         if context.quantization.finish is not None:
             context.quantization.finish(model)
@@ -150,6 +168,8 @@ class Transformers:
             device=None if self.device_map is None else places.main_device(model),
             files=tensors,
             checksums=checksums,
+            left_out=checkpoint.left_out(folder, tensors),
+            others=len(others),
             held=_as_in_the_files(model, tensors),
             sampled=loading.sample(model),
         )
@@ -162,11 +182,16 @@ class Transformers:
         where, buffers = places.bytes_by_place(model), list(model.buffers())
         kinds = {str(place).partition(":")[0] for place in where}
         spread = devices(getattr(model, "hf_device_map", None)) or {str(session.device)}
+        whose = "all that the text model has of the" if loaded.others else "all of the"
+        place = "in memory" if "disk" not in where else "in memory or on disk"
+        more: dict[str, str | int] = {}
+        if loaded.others:
+            more["tensors of parts that see or hear, left out"] = loaded.others
+        if loaded.left_out:
+            more["safetensors files left out"] = checkpoint.some(loaded.left_out)
         yield Receipt(
             slot="load",
-            claim="all of the checkpoint is in memory, and nothing else"
-            if "disk" not in where
-            else "all of the checkpoint is in memory or on disk, and nothing else",
+            claim=f"{whose} checkpoint is {place}, and nothing else",
             evidence={
                 "class": type(model).__name__,
                 "tensors in the files": len(loaded.files),
@@ -180,6 +205,7 @@ class Transformers:
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "device": ", ".join(sorted(where)),
                 "files verified by checksum": loaded.checksums,
+                **more,
             },
             ok=(kinds == {session.device.type} or set(where) <= spread)
             and not model.training

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine import hookimpl
+from engine.config_keys import POSITIONS
 from engine.contexts import (
     CheckContext,
     PositionContext,
@@ -19,7 +20,6 @@ from engine.errors import Problem, RecipeError
 from engine.loading import places
 from engine.loading.rewriting import were_rewritten
 from engine.positions import position_tables
-from engine.shape import POSITIONS
 
 if TYPE_CHECKING:
     import torch

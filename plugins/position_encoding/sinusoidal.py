@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from engine import hookimpl
+from engine.config_keys import POSITIONS
 from engine.contexts import (
     CheckContext,
     PositionContext,
@@ -18,7 +19,6 @@ from engine.errors import Problem, RecipeError
 from engine.families import family
 from engine.loading import places
 from engine.positions import position_tables
-from engine.shape import POSITIONS
 
 if TYPE_CHECKING:
     import torch

@@ -146,11 +146,29 @@ class TextTask:
     def chat(self, *, resume: Path | None = None) -> Conversation:
         """Start a conversation, or go on with one that was saved to a file."""
         if resume is not None:
-            return Conversation.resume(self._session, resume)
+            resumed = Conversation.resume(self._session, resume)
+            self._refuse_other_beginning(resumed, resume)
+            return resumed
         shared = self.shared
         if shared is None or not self._chat_template:  # then it is no system message
             return Conversation(self._session, system=self._prefix)
         return Conversation(self._session, system=self._prefix, share=shared.begin)
+
+    def _refuse_other_beginning(self, resumed: Conversation, file: Path) -> None:
+        """Refuse a prefix with which a saved conversation did not begin: it would be lost."""
+        first = resumed.messages[:1]
+        if self._prefix is None or first == [{"role": "system", "content": self._prefix}]:
+            return
+        began = first[0]["content"] if first and first[0]["role"] == "system" else None
+        raise RecipeError(
+            Problem(
+                message=f"task.prefix={self._prefix!r}: the conversation in {file} began "
+                + ("without one" if began is None else f"with {began!r}"),
+                hint="task.prefix=null goes on as it began; another prefix needs a new chat",
+                code="conversation-differs",
+                slot="task",
+            )
+        )
 
     @property
     def prefix_arrives(self) -> bool:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from engine.loading import model_folder
+from engine.loading import folder_kinds, model_folder
 from engine.loading.checkpoint import fetch_weights, locate, read_config, tensors
+from tests.hub import COMMIT, Hub, use_hub
 from tests.models import tiny_model
 from tests.refusal import refusal
 
@@ -62,13 +58,13 @@ def test_what_looks_like_a_path_never_reaches_the_hub(
 
 def test_a_file_is_not_a_folder(folder: Path) -> None:
     message = refusal(locate, str(folder / "config.json"), None, download=False)
-    assert "is a file: give its folder" in message
+    assert f"model.path={folder}" in message
 
 
 def test_gguf_files_that_may_be_models_are_listed(folder: Path) -> None:
     for name in ("b-00001-of-00002.gguf", "b-00002-of-00002.gguf", "a.gguf", "mmproj-a.gguf"):
         (folder / name).touch()
-    assert model_folder.gguf_files(folder) == ["a.gguf", "b-00001-of-00002.gguf"]
+    assert folder_kinds.gguf_files(folder) == ["a.gguf", "b-00001-of-00002.gguf"]
 
 
 @pytest.mark.parametrize("path", ["", "a b", "org--x/name", "name.git", "n" * 97])
@@ -114,98 +110,14 @@ def test_shipped_models_of_a_broken_installation(monkeypatch: pytest.MonkeyPatch
 
 # --- the hub, played by a local server -----------------------------------------------------------
 
-COMMIT = "0123456789" * 4
-
-
-class Hub(ThreadingHTTPServer):
-    """Answer for one model, `org/model`, and refuse others in the hub's ways."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.files, self.asked = {}, []
-
-
-class Answer(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-    def reply(self, body: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if "org/gated" in path:
-            return self.reply(b"{}", 403, X_Error_Code="GatedRepo")
-        if "org/half-open" in path and not path.startswith("/api"):
-            return self.reply(b"{}", 401)
-        if "org/half-open" in path:
-            tree = [{"type": "file", "path": "config.json", "size": 2, "oid": "0" * 40}]
-            facts = {"id": "org/half-open", "sha": COMMIT, "siblings": []}
-            return self.reply(json.dumps(tree if "/tree/" in path else facts).encode())
-        if "org/forbidden" in path:
-            return self.reply(b"{}", 403)
-        if "org/model" not in path:
-            return self.reply(b"{}", 401, X_Error_Code="RepoNotFound")
-        if path.startswith("/api/models/org/model/tree/"):
-            files = self.server.files.items()
-            tree = [
-                {
-                    "type": "file",
-                    "path": name,
-                    "size": len(body),
-                    "oid": hashlib.sha1(body).hexdigest(),
-                }
-                for name, body in files
-            ]
-            return self.reply(json.dumps(tree).encode())
-        if path.startswith("/api/models/org/model"):
-            if path.endswith("/revision/gone"):
-                return self.reply(b"{}", 404, X_Error_Code="RevisionNotFound")
-            return self.reply(
-                json.dumps({"id": "org/model", "sha": COMMIT, "siblings": []}).encode()
-            )
-        name = path.partition(f"/resolve/{COMMIT}/")[2]
-        if self.command == "GET":
-            self.server.asked.append(name)
-        body = self.server.files[name]
-        return self.reply(body, X_Repo_Commit=COMMIT, ETag=f'"{hashlib.sha1(body).hexdigest()}"')
-
-
-def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, endpoint: str) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path) -> Iterator[Hub]:
-    server = Hub()
-    server.files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    server.files |= {"pytorch_model.bin": b"pickle", "original/model.safetensors": b"twice"}
-    server.files |= {"modeling.py": b"code"}
-    use_hub(monkeypatch, tmp_path, f"http://127.0.0.1:{server.server_port}")
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def hub(hub: Hub, folder: Path) -> Hub:
+    """Return a hub that has the model of the folder, and more."""
+    hub.files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    hub.files |= {"pytorch_model.bin": b"pickle", "original/model.safetensors": b"twice"}
+    hub.files |= {"modeling.py": b"code"}
+    return hub
 
 
 def test_small_files_first_then_the_weights(
@@ -230,10 +142,12 @@ def test_small_files_first_then_the_weights(
 def test_pickle_is_fetched_only_when_allowed(hub: Hub, allow_pickle: bool) -> None:
     for name in [name for name in hub.files if "safetensors" in name]:
         del hub.files[name]
-    found = fetch_weights("org/model", None, allow_pickle=allow_pickle)
-    assert ("pytorch_model.bin" in hub.asked) == allow_pickle
     if allow_pickle:
+        found = fetch_weights("org/model", None, allow_pickle=True)
         assert tensors(found, allow_pickle=True) == {}
+    else:
+        assert "load.allow_pickle=true" in refusal(fetch_weights, "org/model", None)
+    assert ("pytorch_model.bin" in hub.asked) == allow_pickle
 
 
 @pytest.mark.parametrize(

@@ -379,7 +379,7 @@ def test_unknown_type_tells_its_positions_by_its_keys() -> None:
 )
 def test_impossible_values_are_refused(change: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json") as refusal:
-        read_shape({**LLAMA, "model_type": "llama", **change})
+        read_shape({**LLAMA, "model_type": "qwen3", **change})
     assert words in str(refusal.value)
 
 

@@ -219,14 +219,14 @@ def test_what_to_type_for_a_file_of_llama_cpp(folder: Path) -> None:
         return problem.hint
 
     typed = hint(f"model.path={file}").split()
-    assert typed == [f"model.path={folder}/", "load=gguf", "load.file=F32.gguf"]
+    assert typed == [f"model.path={folder}", "load=gguf", "load.file=F32.gguf"]
     assert verdict.check(recipe.compose("base", typed)).problems == []
-    with pytest.raises(CheckpointError, match=r"for those of llama\.cpp: load=gguf load\.file=F32"):
+    with pytest.raises(CheckpointError, match=r"load=gguf load\.file=F32"):
         checkpoint.tensors(folder)
     (folder / "config.json").unlink()
     typed = hint(f"model.path={folder}").split()
-    assert typed == ["load=gguf", "load.file=F32.gguf"]
-    assert verdict.check(recipe.compose("base", [f"model.path={folder}", *typed])).problems == []
+    assert typed == [f"model.path={folder}", "load=gguf", "load.file=F32.gguf"]
+    assert verdict.check(recipe.compose("base", typed)).problems == []
 
 
 def test_a_broken_file_is_told_once(folder: Path) -> None:

@@ -186,7 +186,7 @@ def test_what_is_elsewhere_or_trains_is_no_proof(build: Build) -> None:
     session = build()
     assert verdict(Transformers(), session)
     assert not verdict(Transformers(), session, device=torch.device("meta"))
-    empty = SimpleNamespace(files={}, checksums=0, held=0, sampled={})
+    empty = SimpleNamespace(files={}, checksums=0, held=0, sampled={}, others=0, left_out=[])
     assert not verdict(Transformers(), session, built={"load": empty})
     session.model.train()
     assert not verdict(Transformers(), session)
