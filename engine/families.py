@@ -108,7 +108,9 @@ def family(model_type: str) -> Family:
         return Family(
             known=True,
             causal=bool(causal),
-            fields=frozenset(kind.__dataclass_fields__) | frozenset(kind.attribute_map),
+            fields=frozenset(
+                [*kind.__dataclass_fields__, *kind.attribute_map, *kind.attribute_map.values()]
+            ),
             config_code="\n".join(path.read_text("utf-8") for path in config_files),
             model_code=model_code,
             takes_cache=all(_takes_cache(model_code, name) for name in _names(causal)),

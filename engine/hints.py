@@ -75,7 +75,7 @@ def _kept(
     if not found and not kept:
         found = (
             "what would run it is refused, too; take another model: model.path=FOLDER_OR_HUB_ID"
-            if problem.where
+            if problem.code == "folder-kind"
             else f"no other choice for one slot mends it: change {_slots(problem)} together"
         )
     return ", or ".join(filter(None, [found, *kept]))

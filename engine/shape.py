@@ -260,15 +260,19 @@ class _Reader:
         self.family = family(str(inner))
         if not self.family.known:
             self.family = family(self.model_type)
-        self.ignored = stray(self.part, self.family)
+        self.ignored: Mapping[str, Any] = stray(self.part, self.family)
         if self.ignored:
             self.config = without(config, self.ignored)
             self.part = text_part(self.config)
+            # Some configs compute such a value, and transformers writes it down with the others.
+            self.ignored = {n: v for n, v in self.ignored.items() if self.made.get(n) != v}
         self.attention = self.mapping("attn_config")
 
     @cached_property
     def made(self) -> Mapping[str, Any]:
         """Return what transformers reads in the file; empty where it makes nothing of it."""
+        if any(_is_number(n := self.part.get(name)) and n > MOST_LAYERS for name in LAYERS):
+            return {}  # some configs would list as many
         try:
             return _Attributes(_text_attribute(drawing.configure(self.config)))
         except Exception:  # the values are wrong, which is told below, or its code is not known

@@ -92,7 +92,10 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     from engine.hints import tried  # composing, which it needs, is not always needed
 
     def wrong(other: Recipe) -> list[Problem]:
-        return judge(other, target=target).problems
+        changed = judge(other, target=target)
+        # Whether it fits is asked of recipes that are right otherwise; to make it so is a step on.
+        later = changed.error is DoesNotFit and found.error is not DoesNotFit
+        return [] if later else changed.problems
 
     return replace(found, problems=tried(recipe, found.problems, wrong))
 

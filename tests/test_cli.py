@@ -136,7 +136,7 @@ def test_check_refuses_what_does_not_fit(engine: Run, model: ModelFolder) -> Non
     done = engine("check", "base", f"model.path={model('llama')}", "target.usable_gib=0.0001")
     assert done.returncode == 4, done.stdout + done.stderr
     assert "GiB usable" in done.stderr
-    assert "quantize=" in done.stderr
+    assert "`engine plan`" in done.stderr
 
 
 def test_list_names_choices_and_where_they_come_from(engine: Run) -> None:

@@ -139,7 +139,7 @@ class Proof:
 def receipt(session: Session, rotation: LateRotation, claim: str) -> Receipt:
     """Show that keys are cached unrotated, how they are rotated, and how far that reaches."""
     rotation.proof = proof = rotation.proof or prove(session, rotation)
-    before, after = context_of(session.source_config.get_text_config()), session.context_tokens or 0
+    before, after = context_of(session.source_config), session.context_tokens or 0
     return Receipt(
         slot="position_encoding",
         claim=claim,

@@ -97,7 +97,7 @@ def _problems(
         ends = sorted({_end(name, right) for name in wrong})
         instead = f"quantize.skip_modules=[{','.join([*(skip or ()), *ends])}]"
     if skip is None:
-        instead = f"the original checkpoint as model.path, and {instead}"
+        instead = f"the original checkpoint: model.path=FOLDER_OR_HUB_ID {instead}"
     case = cases[next(iter(wrong))]
     versions = ", ".join(f"{each} {remembered.version(each)}" for each in (case.library, "torch"))
     yield Problem(

@@ -112,7 +112,7 @@ class Dynamic:
             return PositionEncoding(config=config)
         text = config.get_text_config()
         (label,) = rotary.far_sighted(text.rope_parameters)
-        trained, alpha = rotary.context_of(text), self._alpha
+        trained, alpha = rotary.context_of(context.config), self._alpha
 
         def frequencies(usual: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
             return stretched(usual, tokens, trained, alpha)

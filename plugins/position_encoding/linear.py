@@ -47,7 +47,7 @@ class Linear:
         differ, it is that of the whole model, and becomes longer.
         """
         text: Any = context.config.get_text_config()
-        apart = "" not in rotary.by_label(text.rope_parameters)
+        apart = "" not in rotary.by_label(getattr(text, "rope_parameters", None) or {})
         longer = int(rotary.context_of(context.config) * self.factor)
         config = rotary.edited(
             "linear",

@@ -368,7 +368,11 @@ def test_unknown_type_tells_its_positions_by_its_keys() -> None:
         ({"rope_parameters": {"rope_theta": "a"}}, "rope_theta must be a number above 0, not 'a'"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number above 0"),
         ({"num_attention_heads": 0}, "num_attention_heads must be"),
-        ({"num_attention_heads": 5}, "hidden_size 48 does not divide by 5 attention heads"),
+        ({"num_attention_heads": 5}, "5 attention heads do not divide by 2 key/value heads"),
+        (
+            {"model_type": "llama", "num_attention_heads": 5, "num_key_value_heads": 5},
+            "hidden_size 48 does not divide by 5 attention heads",
+        ),
         ({"num_key_value_heads": 3}, "4 attention heads do not divide by 3 key/value heads"),
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers 3"),
         ({"layer_types": "full"}, "layer_types must be a list of names"),

@@ -41,6 +41,6 @@ def test_what_hides_nothing_is_refused(model: Callable[[str], Path]) -> None:
     llama = shape_of(model("llama"))
     assert hints(Sinks(4, 60), llama) == hints(Sinks(4, 60)) == []
     assert hints(Sinks(0, 60), llama) == ["attention=window, or attention.sinks=4"]
-    assert hints(Sinks(4, 0), llama) == ["attention.window=1024"]
+    assert hints(Sinks(4, 0), llama) == ["attention.window=60"]
     (told,) = refusals(Sinks(4, 124), llama)
     assert "hides nothing" in told.message

@@ -98,7 +98,7 @@ def test_what_hides_nothing_is_refused(model: Callable[[str], Path], build: Buil
     mistral = shape_of(model("mistral"))  # every layer sees 16 tokens
     gemma = shape_of(model("gemma3"))  # one of two layers does
     assert hints(Window(16), llama) == hints(Window(15), mistral) == hints(Window(16), gemma) == []
-    assert hints(Window(0), llama) == ["attention.size=1024"]
+    assert hints(Window(0), llama) == ["attention.size=64"]
     (told,) = refusals(Window(128), llama)
     assert "hides nothing" in told.message
     assert "context of 128" in told.message

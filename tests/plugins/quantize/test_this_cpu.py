@@ -306,7 +306,7 @@ def test_packed_checkpoints_are_refused_by_check_and_once_loaded(
         assert problem.code == "fails-on-this-cpu"
         assert problem.message.startswith("the checkpoint, which came packed, does not work")
         assert problem.hint == (
-            "the original checkpoint as model.path, and quantize.skip_modules=[down_proj]"
+            "the original checkpoint: model.path=FOLDER_OR_HUB_ID quantize.skip_modules=[down_proj]"
         )
     monkeypatch.setattr(pricing, "to_pack", lambda *given, **more: {})
     with pytest.raises(RecipeError, match="which came packed") as caught:
