@@ -46,10 +46,10 @@ def test_every_hook_and_event_has_a_line(build: Build, tmp_path: Path) -> None:
 def test_a_failing_hook_is_written_down_and_still_fails(
     build: Build, model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path, folder = tmp_path / "trace.jsonl", tmp_path / "cut"
+    path, folder = tmp_path / "trace.jsonl", tmp_path / "diverged"
     shutil.copytree(model("llama"), folder)
     weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    weights.write_bytes(weights.read_bytes()[:-8] + b"\xff" * 8)  # NaN
     with pytest.raises(CheckpointError):
         build("observe=trace", f"observe.path={path}", f"model.path={folder}")
     (line,) = [line for line in lines(path) if "error" in line]
