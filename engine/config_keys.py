@@ -74,6 +74,8 @@ def without(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     kept = copy.deepcopy(dict(config))
     part = text_part(kept)
     assert isinstance(part, dict)
-    for name in names:
-        part.pop(name, None)
+    ropes = [part.get(name) for name in ("rope_parameters", "rope_scaling")]
+    for where in (part, *(rope for rope in ropes if isinstance(rope, dict))):
+        for name in names:
+            where.pop(name, None)
     return kept

@@ -298,12 +298,20 @@ def capacity(cache: Cache | None, window: int | None) -> int | None:
     if cache is None:
         return None
     fixed = [
-        int(layer.get_max_length())
+        length
         for layer in cache.layers
-        if layer.get_max_length() > 0
-        and not (getattr(layer, "is_sliding", False) and layer.get_max_length() >= (window or 0))
+        if (length := _length(layer)) > 0
+        and not (getattr(layer, "is_sliding", False) and length >= (window or 0))
     ]
     return min(fixed, default=None)
+
+
+def _length(layer: Any) -> int:
+    """Return how many tokens a layer can hold, below 1 if it grows.
+
+    Those of transformers that keep keys beside a state say that they grow where they do not.
+    """
+    return max(int(layer.get_max_length()), int(getattr(layer, "max_cache_len", -1)))
 
 
 def steps(

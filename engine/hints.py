@@ -16,7 +16,7 @@ Judge = Callable[[Recipe], Sequence[Problem]]
 
 _KEYS = ("model", "target", "workload", "seed", *SLOTS)
 _OVERRIDE = re.compile(
-    rf"(?<![\w./=-])(?:{'|'.join(_KEYS)})(?:\.\w+)*="
+    rf"(?<![\w./='-])(?:{'|'.join(_KEYS)})(?:\.\w+)*="
     r"""(?:'[^']*'|"[^"]*"|\[[^\]]*\]|\{[^}]*\}|[^\s,;:()]*[^\s,;:().])"""
 )
 _PLACEHOLDER = re.compile(r"[A-Z]{3,}|…|\.\.\.")

@@ -471,7 +471,8 @@ class _Reader:
         """Return how many numbers of a head are rotated."""
         if self.get("kv_lora_rank") and self.get("qk_rope_head_dim"):
             return self.count(("qk_rope_head_dim",))
-        given = self.rope_parameters
+        made = self.made.get("rope_parameters")
+        given = made if isinstance(made, Mapping) and made else self.rope_parameters
         kinds = [
             kind
             for label, kind in given.items()
@@ -480,7 +481,26 @@ class _Reader:
         usual = self.get("partial_rotary_factor", "rotary_pct") or 1.0
         part = (kinds[0] if kinds else given).get("partial_rotary_factor") or usual
         self.positive("partial_rotary_factor", part)
-        return int(head_dim * part) if isinstance(part, int | float) else head_dim
+        if not _is_number(part) or part == 1:
+            return head_dim
+        if part > 1:
+            self.complain(f"partial_rotary_factor is a part of a head, and {part} is more than all")
+        if self.family.known and "partial_rotary_factor" not in self.family.model_code:
+            return self._all_rotated(head_dim, part)
+        return int(head_dim * part)
+
+    def _all_rotated(self, head_dim: int, part: float) -> int:
+        """Return what is rotated where a part is stated, and the model's code rotates all."""
+        kind = self.rope_type()
+        if kind in STRETCHED:
+            self.complain(
+                f"partial_rotary_factor is {part}, and {self.model_type} rotates whole heads: its "
+                f"frequencies, scaled as {kind}, would be too few",
+                "remove partial_rotary_factor from config.json",
+            )
+        self.ignored = {**self.ignored, "partial_rotary_factor": part}
+        self.config = without(self.config, ["partial_rotary_factor"])
+        return head_dim
 
     def rope_type(self) -> str:
         """Return how rotary positions are scaled; note numbers that give no frequencies."""
@@ -596,7 +616,7 @@ class _Reader:
             yield "model.recurrent"
             # Convolutions can record their past until it is known what to cut off again.
             convolves = family.cached_states == {"conv"} if family.known else states == {"conv"}
-            if family.stateful or not convolves:
+            if family.stateful or not convolves or kinds <= WITHOUT_ATTENTION:
                 yield "model.uncroppable"
         if not family.takes_cache or (family.known and states and not family.cached_states):
             yield "model.own_cache"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,15 @@ OWN_CACHE = Rule(
     "cache_params, or never writes its states there",
     seen="transformers 5.23.0, 2026-11-28",
 )
+
+_OTHER = {
+    "SequenceClassification": "sorts texts into classes",
+    "TokenClassification": "sorts words into classes",
+    "QuestionAnswering": "finds answers in a text",
+    "MultipleChoice": "chooses among answers",
+    "MaskedLM": "fills gaps in a text",
+}
+"""Ends of class names → what such a model does."""
 
 HOPELESS = {"cache.static": ("model.own_cache", "model.own_layers", "model.bias_by_mask")}
 """Trait → traits of models for which nothing can provide it: who needs it excludes these."""
@@ -134,7 +144,7 @@ def judge(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     # How much of a model that is spread lies on which device, accelerate decides when it loads.
     spread = {"load.offloaded", "load.dispatched"} & traits.keys()
     excess = [] if spread or pricer is None else pricer.refusal()
-    notes = [*told, *_notes(hooks, traits), *_context(context)]
+    notes = [*told, *_notes(hooks, traits), *_context(context), *_escapes(recipe)]
     if shape is not None and shape.misleading:
         notes.append(
             f"the code of {shape.model_type} does not read {', '.join(shape.misleading)} of "
@@ -171,7 +181,15 @@ def find_shape(
 def _not_causal(shape: ModelShape | None) -> Iterable[Problem]:
     """Refuse a model that continues no text."""
     found = None if shape is None else family(shape.model_type)
-    if shape is not None and found is not None and found.known and not found.causal:
+    other = None if shape is None else _OTHER.get(shape.architecture.rpartition("For")[2])
+    if shape is not None and other is not None:
+        yield Problem(
+            message=f"config.json says {shape.architecture}: a model that {other}, and "
+            "continues no text",
+            hint="take another model, one with ...ForCausalLM: model.path=FOLDER_OR_HUB_ID",
+            code="not-causal",
+        )
+    elif shape is not None and found is not None and found.known and not found.causal:
         yield Problem(
             message=f"transformers has no model of {shape.model_type} that continues text "
             "(AutoModelForCausalLM)",
@@ -219,9 +237,12 @@ def _context(context: CheckContext) -> Iterable[str]:
     shape = context.shape
     if shape and shape.position == "rope" and shape.max_positions != shape.stated_positions:
         yield (
-            f"config.json states {shape.stated_positions:,} positions, and stretches them to "
-            f"{shape.max_positions:,}"
-            + (f" (rope_type {shape.rope_type})" if shape.rope_type != "default" else "")
+            f"config.json states {shape.stated_positions:,} positions, and "
+            + (
+                f"stretches them to {shape.max_positions:,} (rope_type {shape.rope_type})"
+                if shape.rope_type != "default"
+                else f"{shape.max_positions:,} as the longest text: that counts"
+            )
         )
     asked = getattr(context.recipe.decode, "max_new_tokens", 0)
     end = limit(context.recipe, context.reshaped) if context.reshaped else None
@@ -230,6 +251,21 @@ def _context(context: CheckContext) -> Iterable[str]:
             f"decode.max_new_tokens={asked}: there is room for {end:,} tokens, prompt and answer "
             "together, and answers end there"
         )
+
+
+def _escapes(recipe: Recipe) -> Iterable[str]:
+    """Note a backslash and a letter where a line break may be meant."""
+    given = {
+        "decode.stop": getattr(recipe.decode, "stop", ()),
+        "task.prefix": [getattr(recipe.task, "prefix", None) or ""],
+    }
+    for name, texts in given.items():
+        for text in texts:
+            if found := re.search(r"\\[nrt]", text):
+                yield (
+                    f"{name} holds {found[0]}, a backslash and a letter. If a line break is meant: "
+                    f"the shell makes it in $'{name}=…', YAML in \"…\""
+                )
 
 
 def _too_long(context: CheckContext) -> Iterable[Problem]:

@@ -63,13 +63,13 @@ FOLDERS: dict[str, tuple[Mapping[str, Any], str, str]] = {
     "models--org--name": (
         {"snapshots/abc/config.json": CONFIG, "blobs/1": "", "refs/main": "abc"},
         "a folder of the hub's cache",
-        r"model\.path=org/name, or model\.path=.*/models--org--name/snapshots/abc",
+        r"model\.path=.*/models--org--name/snapshots/abc",
     ),
     "datasets--org--name": ({"snapshots/abc/x": "", "blobs/1": ""}, "of datasets", "continues"),
     "hub": (
         {"models--org--one/snapshots/x/a": "", "models--org--two/snapshots/x/a": ""},
         "the hub's cache, with 2 models",
-        "model.path=org/one or model.path=org/two",
+        r"model\.path=.*one/snapshots/x, or model\.path=.*two/snapshots/x",
     ),
     "ollama": ({"manifests/registry/x": "", "blobs/sha256-1": ""}, "Ollama", "load=gguf"),
     "deepspeed": (
@@ -242,7 +242,7 @@ def test_a_broken_file_is_no_way_out(tmp_path: Path) -> None:
     assert problem.hint.startswith("what would run it is refused, too; take another model: ")
 
 
-@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"gguf", "gguf and config"}))
+@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"gguf", "gguf and config", "hub"}))
 def test_check_says_so_too(tmp_path: Path, name: str) -> None:
     """And leaves in the hint what it has tried."""
     _, what, hint = FOLDERS[name]
@@ -250,6 +250,16 @@ def test_check_says_so_too(tmp_path: Path, name: str) -> None:
     (problem,) = verdict.check(recipe.compose("base", [f"model.path={folder}"])).problems
     assert re.search(what, problem.message), problem.message
     assert re.search(hint, problem.hint), problem.hint
+
+
+def test_the_cache_in_use_gives_models_by_their_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    folder = made(tmp_path, "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    assert "model.path=org/one, or model.path=/" in said(folder)
 
 
 def test_drafts_too(tmp_path: Path, model: Model) -> None:

@@ -285,6 +285,13 @@ def test_other_layers_packed_than_named(
     configured(every, llm_int8_skip_modules=left)
     with pytest.raises(CheckpointError, match=r"packed 14 layers .* it would be 7"):
         build(f"model.path={every}")
+    one = packed(
+        model, tmp_path / "one", how(llm_int8_skip_modules=["layers.0.mlp.down_proj", "lm_head"])
+    )
+    for other in ("layers.1.mlp.down_proj", "layers.0.self_attn.q_proj"):
+        configured(one, llm_int8_skip_modules=[other, "lm_head"])
+        with pytest.raises(CheckpointError, match=r"packed 13 layers .* it would be 13.*0\.mlp"):
+            build(f"model.path={one}")
 
 
 def test_plain_weights_that_config_says_are_packed(model: Model, tmp_path: Path) -> None:

@@ -161,8 +161,8 @@ def compare(base: Made, base_shape: ModelShape, key: str, config: Any, folder: P
 
 
 MAPPED = (
-    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "num_experts_per_tok",
-    "rotary_emb_base", "rotary_pct",
+    "rope_theta", "rope_scaling", "rope_parameters", "num_experts_per_tok", "rotary_emb_base",
+    "rotary_pct",
 )  # fmt: skip
 """What may change nothing in so small a model, or beside `rope_parameters`, and is read."""
 
@@ -231,6 +231,24 @@ def test_it_is_told_and_runs_as_if_not_there(
     assert (
         answer.token_ids == plain.greedy(folder, ids, 12, use_cache=False)[: len(answer.token_ids)]
     )
+
+
+def test_a_part_to_rotate_that_its_code_does_not_read(build: Build, tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    scaled = rope | {"rope_type": "yarn", "factor": 2.0}
+    with pytest.raises(CheckpointError, match=r"partial_rotary_factor is 0\.5, and llama rotates"):
+        read_shape(config | {"rope_parameters": scaled})
+    with pytest.raises(CheckpointError, match=r"2\.0 is more than all"):
+        read_shape(config | {"rope_parameters": rope | {"partial_rotary_factor": 2.0}})
+    for given in ({"rope_parameters": rope}, {"partial_rotary_factor": 0.5}):
+        shape = read_shape(config | given)
+        assert (shape.rotary_dim, shape.misleading) == (16, ["partial_rotary_factor"])
+        assert "partial_rotary_factor" not in json.dumps(dict(shape.config))
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    yarn = ["position_encoding=yarn", "position_encoding.factor=2"]
+    assert build(f"model.path={folder}", *yarn).generate("def add").token_ids
 
 
 def test_a_head_size_that_only_positions_read_is_refused(tmp_path: Path) -> None:

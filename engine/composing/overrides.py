@@ -110,9 +110,12 @@ def written(override: Override) -> dict[Keys, str]:
     Returns:
         where in the value, `()` or an index → `1e3`, `true`, …
     """
-    value, typed = override.value(), (override.input_line or "").partition("=")[2].strip()
+    value, line = override.value(), (override.input_line or "").partition("=")[2]
+    typed = line.strip()
+    if isinstance(value, str):  # spaces around it were cut off
+        return {(): line} if typed == value != line else {}
     if not isinstance(value, list):
-        return {} if value is None or isinstance(value, str | dict) else {(): typed}
+        return {} if value is None or isinstance(value, dict) else {(): typed}
     items = [item.strip() for item in _ITEM.findall(typed[1:-1])]
     return {
         (str(index),): item

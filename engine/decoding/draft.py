@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.decoding.speculation import RECURRENT, croppable
 from engine.errors import CheckpointError, Problem, RecipeError
 from engine.loading import checkpoint, prequantized
+from engine.loading import common as loading
 from engine.loading.common import made_config, quiet
 from engine.loading.known_models import known_config
 from engine.shape import ModelShape, read_shape
@@ -69,7 +70,7 @@ def load_draft(path: str, revision: str | None, context: DecodeContext) -> PreTr
         CheckpointError: for files that are not what they should be.
         RecipeError: for another vocabulary than the model's.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = checkpoint.fetch_weights(path, revision)
     tensors = checkpoint.tensors(folder)
@@ -80,10 +81,10 @@ def load_draft(path: str, revision: str | None, context: DecodeContext) -> PreTr
     prequantized.verify_signs(shape)
     checkpoint.verify_checksums(folder)
     checkpoint.verify_finite(folder)
+    tokenizer: Any = loading.tokenizer(folder, trust_remote_code=False)
     auto: Any = AutoModelForCausalLM
     try:
         with quiet():
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             model, info = auto.from_pretrained(
                 folder,
                 config=made_config(folder, shape.ignored),

@@ -84,10 +84,10 @@ class StoppingText:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the names of the tokens that are left out of text, such as '<|im_end|>', by id."""
+    """Return what is left out of text: names such as '<|im_end|>', as they stand behind a word."""
     added = tokenizer.added_tokens_decoder.items()
     ids = {index for index, token in added if token.special}.union(tokenizer.all_special_ids)
-    names = {index: _decoded(tokenizer, [index], skip=False) for index in sorted(ids)}
+    names = _behind(tokenizer, sorted(ids))
     return {i: name for i, name in names.items() if name and not _decoded(tokenizer, [i])}
 
 
@@ -97,14 +97,16 @@ def never_produced(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> 
     if not doubtful:
         return []
     ids = sorted(tokenizer.get_vocab().values())
-    names = special_tokens(tokenizer)
+    first = {_decoded(tokenizer, [each], skip=False) for each in ids}
+    behind = {*_behind(tokenizer, ids).values()}
+    return [stop for stop in doubtful if not _can_be_made(stop, first - {""}, behind - {""})]
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> dict[int, str]:
+    """Return what each token adds to a text: some tokenizers put a space between two."""
     before = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     start = len(_decoded(tokenizer, before, skip=False))
-    first = {names.get(each) or _decoded(tokenizer, [each], skip=False) for each in ids}
-    behind = {
-        names.get(each) or _decoded(tokenizer, [*before, each], skip=False)[start:] for each in ids
-    }
-    return [stop for stop in doubtful if not _can_be_made(stop, first - {""}, behind - {""})]
+    return {each: _decoded(tokenizer, [*before, each], skip=False)[start:] for each in ids}
 
 
 def _round_trip(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

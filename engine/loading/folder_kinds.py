@@ -138,21 +138,28 @@ def _gguf(folder: Path) -> tuple[str, str]:
 
 
 def _snapshots(folder: Path) -> tuple[str, str]:
-    kind, _, name = folder.name.partition("--")
-    if kind != "models":
-        return f", of {kind}", TEXT
+    kind, _, _ = folder.name.partition("--")
+    return ("", _cached(folder)) if kind == "models" else (f", of {kind}", TEXT)
+
+
+def _cached(folder: Path) -> str:
+    """Return how a model in a folder of a hub's cache is given: by name in the one in use."""
+    from huggingface_hub import constants
+
     main = folder / "refs" / "main"
     commit = main.read_text("utf-8").strip() if main.is_file() else ""
-    there = sorted(each.name for each in (folder / "snapshots").iterdir() if each.is_dir())
+    there = sorted(each.name for each in (folder / "snapshots").glob("*") if each.is_dir())
     commit = commit if commit in there else next(iter(there), "")
-    inside = f", or {given(folder / 'snapshots' / commit)}" if commit else ""
-    return "", given(name.replace("--", "/", 1)) + inside
+    inside = given(folder / "snapshots" / commit) if commit else ""
+    if folder.parent.resolve() != Path(constants.HF_HUB_CACHE).resolve():
+        return inside or TEXT
+    name = given(folder.name.removeprefix("models--").replace("--", "/", 1))
+    return f"{name}, or {inside}" if inside else name
 
 
 def _cache(folder: Path) -> tuple[str, str]:
-    names = sorted(each.name for each in folder.glob("models--*"))
-    ids = [name.removeprefix("models--").replace("--", "/", 1) for name in names]
-    return f", with {len(ids)} models", f"model.path={' or model.path='.join(ids[:5])}"
+    models = sorted(folder.glob("models--*"))
+    return f", with {len(models)} models", ", or ".join(_cached(each) for each in models[:5])
 
 
 def _checkpoints(folder: Path) -> tuple[str, str]:

@@ -201,8 +201,11 @@ def verify_packed(folder: Path, tensors: Iterable[str], model: PreTrainedModel) 
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt")
     }
-    if len(stored) != len(made):  # by number: names may change while loading
-        differing = sorted({_end(name) for name in stored} ^ {_end(name) for name in made})
+    ends, there = ({_end(name) for name in names} for names in (stored, made))
+    others = {_end(name) for name, _ in model.named_modules()} - there
+    # Names may change while loading: then the model has none of the stored ones, packed or not.
+    if len(stored) != len(made) or ends & others:
+        differing = sorted(ends ^ there)
         raise CheckpointError(
             Problem(
                 message=f"bitsandbytes packed {len(stored)} layers of the checkpoint, and by "

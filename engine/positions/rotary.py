@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.contexts import Receipt
 from engine.errors import Problem, RecipeError
 from engine.families import family
-from engine.shape import WINDOWED, ModelShape, read_shape
+from engine.shape import LONGEST, WINDOWED, ModelShape, read_shape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -166,11 +166,17 @@ def edited(
         RecipeError: where the model cannot be scaled so.
     """
     kind = str(parameters["rope_type"])
-    if found := list(refusals(choice, kind, read_shape(config.to_dict()))):
+    shape = read_shape(config.to_dict())
+    if found := list(refusals(choice, kind, shape)):
         raise RecipeError(found)
     config = copy.deepcopy(config)
     text: Any = config.get_text_config()
     given = text.rope_parameters
+    if shape.max_positions != shape.stated_positions:
+        # Command R and others say elsewhere how far they were trained: formulas read it here.
+        text.max_position_embeddings = shape.max_positions
+        for name in {*LONGEST} & vars(text).keys():
+            delattr(text, name)
     if getattr(text, "head_dim", 0) is None:
         # Mixtral and others: some kinds read it, and do not make it up as the model does.
         text.head_dim = text.hidden_size // text.num_attention_heads

@@ -13,6 +13,14 @@ from engine.generate import capacity, room_for
 from tests.conftest import Build
 
 
+def test_keys_of_a_fixed_size_beside_a_state_are_counted(build: Build) -> None:
+    words = ["cache=static", "cache.max_tokens=32", "decode.max_new_tokens=4"]
+    session = build(*words, family="falcon_h1")
+    assert capacity(session.new_cache(1, 32).cache, None) == 32
+    with pytest.raises(RuntimeFailure, match="and the cache holds 32"):
+        session.generate("def add(a, b): return a + b, " * 4)
+
+
 def cache_of(*lengths: int | tuple[int, bool]) -> Cache:
     """Return a cache with a layer for each length; those with True slide."""
     pairs = [each if isinstance(each, tuple) else (each, False) for each in lengths]

@@ -42,6 +42,10 @@ BROKEN = (
 Folder = Callable[[str], Path]
 
 
+def test_a_line_for_the_shell_is_not_tried() -> None:
+    assert overrides_in("""let the shell make it: $'decode.stop=["\\n"]'""") == []
+
+
 def wrong(words: Sequence[str]) -> dict[tuple[str, str, str], Problem]:
     """Return what `check` says of the base recipe with these overrides."""
     problems = engine.check(engine.compose("base", words)).problems

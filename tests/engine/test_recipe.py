@@ -436,6 +436,14 @@ def test_text_is_what_was_written(tmp_path: Path, word: str) -> None:
         assert made.seed == 0
 
 
+@pytest.mark.parametrize("text", ["Answer in French. ", " lead", "a b  ", "Q: ", "say $x "])
+def test_text_of_the_command_line_stays_as_it_was_typed(text: str) -> None:
+    made: Any = compose("tiny", [f"task.prefix={text}"])
+    assert made.task.prefix == text
+    made = compose("tiny", [f"task.prefix='{text}'", "decode.stop=[' a ',no,b]"])
+    assert (made.task.prefix, made.decode.stop) == (text, [" a ", "no", "b"])
+
+
 def test_the_last_word_counts(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("defaults:\n  - tiny\n  - _self_\ndecode:\n  stop: [no, 1.0, on]\n")

@@ -191,6 +191,34 @@ def test_a_model_that_continues_no_text_is_refused(tmp_path: Path) -> None:
     assert problem.code == "not-causal"
 
 
+@pytest.mark.parametrize(
+    ("architecture", "refused"),
+    [
+        ("BertForMaskedLM", "fills gaps in a text"),
+        ("Qwen2ForSequenceClassification", "sorts texts into classes"),
+        ("LlamaForTokenClassification", "sorts words into classes"),
+        ("LlamaForCausalLM", ""),
+        ("GPT2LMHeadModel", ""),
+        ("LlavaForConditionalGeneration", ""),
+    ],
+)
+def test_what_was_made_for_another_task_is_named(
+    model: ModelFolder, tmp_path: Path, architecture: str, refused: str
+) -> None:
+    config = json.loads((model("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [architecture]}))
+    found = verdict.check(_compose(tmp_path)).problems
+    assert [each.code for each in found] == ["not-causal"] * bool(refused)
+    assert all(refused in each.message for each in found)
+
+
+@pytest.mark.parametrize("given", [r"decode.stop=['\n\n', 'x\ny']", r"task.prefix='a\tb'"])
+def test_escapes_that_are_none_are_told(model: ModelFolder, given: str) -> None:
+    found = verdict.check(_compose(model("llama"), given))
+    assert [note for note in found.notes if "a backslash and a letter" in note] or found.problems
+    assert not verdict.check(_compose(model("llama"), "decode.stop=['n\n']")).notes
+
+
 def test_a_prompt_without_room_for_an_answer_is_refused(model: ModelFolder) -> None:
     folder = model("llama")
     for words, whose in (([], "the model"), (["cache=static", "cache.max_tokens=32"], "the cache")):

@@ -154,6 +154,14 @@ def test_what_never_comes_is_found(
     assert never_produced(tokenizer, [*comes, *never]) == never
 
 
+def test_the_space_before_a_special_token_counts() -> None:
+    tokenizer = word_pieces()
+    assert tokenizer.decode([3, 0], skip_special_tokens=False) == "! [UNK]"
+    assert never_produced(tokenizer, [" [", "! [UNK]"]) == []
+    finder = StoppingText(tokenizer, [], ["! [UNK]"])
+    assert [finder.stops_at(token) for token in (3, 0)] == [False, True]
+
+
 @given(st.lists(st.integers(0, 22), min_size=1, max_size=6), st.data())
 def test_whatever_tokens_make_is_not_said_to_never_come(
     ids: list[int], data: st.DataObject
