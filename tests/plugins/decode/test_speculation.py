@@ -11,6 +11,7 @@ import torch
 
 import engine
 from engine.decoding.loop import TokenDecoder
+from engine.errors import CheckpointError
 from engine.plugins.decode.assisted import Assisted
 from engine.plugins.decode.generate import Generate
 from engine.plugins.decode.prompt_lookup import PromptLookup, look_up
@@ -162,3 +163,19 @@ def test_a_lookup_that_finds_nothing_proves_itself_all_the_same(build: Build) ->
     evidence: Any = receipt(session, "decode").evidence
     assert evidence["drafted"] > evidence["accepted"] > 0
     assert Assisted(draft="x").provides == PromptLookup().provides == ("decode.assisted",)
+
+
+def test_a_draft_without_a_tokenizer_says_so(build: Build, tmp_path: Path) -> None:
+    folder = tiny_model("llama", tmp_path)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="there is no tokenizer that can be used") as refused:
+        build("decode=assisted", f"decode.draft={folder}")
+    assert "tokenizer.json" in refused.value.problems[0].hint
+
+
+def test_states_alone_take_no_drafts(tmp_path: Path) -> None:
+    folder = tiny_model("lfm2", tmp_path, layer_types=["conv", "conv"])
+    for decode in ("decode=prompt-lookup", f"decode=assisted decode.draft={folder}"):
+        words = [f"model.path={folder}", *decode.split()]
+        found = engine.check(engine.compose("base", words)).problems
+        assert "speculation-recurrent-model" in {each.code for each in found}
