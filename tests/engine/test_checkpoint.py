@@ -333,6 +333,14 @@ def test_bit_flip(folder: Path) -> None:
     assert "bit flip" in message
 
 
+def test_capital_letters_are_the_same_checksums(folder: Path) -> None:
+    count = write_manifest(folder)
+    lines = (folder / "SHA256SUMS").read_text().splitlines()
+    upper = [line[:64].upper() + line[64:] for line in lines]
+    (folder / "SHA256SUMS").write_text("\n".join(upper) + "\n")
+    assert verify_checksums(folder) == count
+
+
 def test_checksum_of_a_missing_file(folder: Path) -> None:
     write_manifest(folder)
     (folder / "tokenizer.json").unlink()

@@ -84,7 +84,11 @@ def test_faults_are_refused(build: Build, original: Path, folder: Path, tmp_path
     def nan(tensors: dict[str, np.ndarray]) -> None:
         tensors["blk.0.ffn_up.weight"] = np.full_like(tensors["blk.0.ffn_up.weight"], np.nan)
 
+    def inf(tensors: dict[str, np.ndarray]) -> None:
+        tensors["blk.1.ffn_up.weight"][0, 0] = np.inf
+
     faults: dict[str, Change] = {
+        r"not finite: model\.layers\.1\.mlp\.up_proj": inf,
         r"missing from the file: blk\.1\.ffn_up\.weight": lambda tensors: tensors.pop(
             "blk.1.ffn_up.weight"
         ),
