@@ -9,7 +9,7 @@ import pytest
 from transformers import Cache
 
 from engine.errors import RuntimeFailure
-from engine.generate import capacity, room_for
+from engine.generate import capacity, check_prompt, room_for
 from tests.conftest import Build
 
 
@@ -71,3 +71,10 @@ def test_the_context_is_the_end_where_it_comes_first(build: Build) -> None:
     assert session.context_tokens == 128
     assert room_for(session, session.new_cache(1, 20).cache, 100) == 28
     assert room_for(session, None, 127) == 1
+
+
+def test_a_prompt_that_fills_the_context_is_told_of_it(build: Build) -> None:
+    session = build("cache=dynamic")
+    check_prompt(session, [5] * 127)
+    with pytest.raises(RuntimeFailure, match="has positions for 128, prompt and answer together"):
+        check_prompt(session, [5] * 128)

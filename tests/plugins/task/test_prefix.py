@@ -212,3 +212,12 @@ def test_a_prefix_that_is_not_in_the_prompt_fails_its_receipt(
 def test_an_empty_prefix_is_refused(build: Build) -> None:
     with pytest.raises(RecipeError, match=r"task\.prefix is empty"):
         build("task.prefix=''")
+
+
+def test_a_prompt_that_is_nothing_but_the_prefix_leaves_a_token_to_compute(build: Build) -> None:
+    session = build(*WORDS)
+    shared = _shared(session)
+    ids = list(session.tokenizer(PREFIX)["input_ids"])[: len(shared)]
+    cache = shared.begin(ids)
+    assert cache is not None
+    assert cache.get_seq_length() == len(ids) - 1
