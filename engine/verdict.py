@@ -100,9 +100,13 @@ def check(recipe: Recipe, *, target: Target | None = None) -> Verdict:
     if not found.problems:
         return found
     from engine.hints import tried  # composing, which it needs, is not always needed
+    from engine.quantizing import trial
 
     def wrong(other: Recipe) -> list[Problem]:
-        changed = judge(other, target=target)
+        with trial.paused():  # trials take seconds, and what is wrong anyway needs none
+            changed = judge(other, target=target)
+        if changed.ok:
+            changed = judge(other, target=target)
         # Whether it fits is asked of recipes that are right otherwise; to make it so is a step on.
         later = changed.error is DoesNotFit and found.error is not DoesNotFit
         return [] if later else changed.problems

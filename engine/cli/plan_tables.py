@@ -42,8 +42,8 @@ def show(found: Plan, suggestions: list[Suggestion]) -> None:
         out.print(changes(suggestions))
     elif found.fits is False and not found.refused:
         out.print(
-            "no change of quantize, cache or attention, and no known target, makes it fit: "
-            "model=NAME of a smaller one (engine list model)"
+            "no change of quantize, cache or attention makes it fit, nor does another known target "
+            f"of this kind ({found.target.kind}): model=NAME of a smaller one (engine list model)"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -165,11 +166,9 @@ def _tried(found: Plan, changes: Mapping[str, tuple[str, Any]]) -> Suggestion | 
     """Return a change if the recipe is sound with it, and fits."""
     words = {slot: name for slot, (name, _) in changes.items()}
     changed = _changed(found, changes)
-    with trial.paused():  # trials take seconds, and most changes do not fit
-        made = _planned(changed)
-    if made is None or made.verdict.problems:
-        return None
     made = _planned(changed)
+    if made is not None and not made.verdict.problems:
+        made = _planned(changed, tried=True)  # which takes seconds, and most changes do not fit
     if made is None or made.verdict.problems:
         return None
     lost = max(0.0, 1 - _kept(made, found))
@@ -252,8 +251,14 @@ def _packed_elsewhere(found: Plan, packings: Alternatives) -> Iterator[Suggestio
     yield from ways[:1]
 
 
-def _planned(changed: Recipe) -> Plan | None:
+def _planned(changed: Recipe, *, tried: bool = False) -> Plan | None:
+    """Return a plan; None where there is none.
+
+    Args:
+        tried: whether packed layers are tried on this CPU.
+    """
     try:
-        return plan(changed)
+        with nullcontext() if tried else trial.paused():
+            return plan(changed)
     except EngineError:
         return None

@@ -42,6 +42,12 @@ BROKEN = (
 Folder = Callable[[str], Path]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Leave the checkout alone: observe=trace writes into the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_a_line_for_the_shell_is_not_tried() -> None:
     assert overrides_in("""let the shell make it: $'decode.stop=["\\n"]'""") == []
 

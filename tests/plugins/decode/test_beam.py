@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,3 +61,9 @@ def test_the_other_beams_are_priced(model: Callable[[str], Path]) -> None:
     alone = priced(engine.check(engine.compose("base", [*words, "decode=generate"])))
     assert found["KV cache"] == 4 * alone["KV cache"]
     assert "KV cache" not in priced(engine.check(engine.compose("base", [*words, "cache=none"])))
+
+
+def test_the_penalty_reaches_the_search(build: Build) -> None:
+    session = build("decode=beam", "decode.num_beams=2", "decode.length_penalty=0.5")
+    decoder: Any = session.built["decode"]
+    assert decoder.more_settings()["length_penalty"] == 0.5

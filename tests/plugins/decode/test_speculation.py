@@ -33,6 +33,7 @@ def test_sampling_draws_what_it_draws_one_by_one(llama: Family, rows: list[list[
     found, last = answers(llama.assisted(**options), llama.ask(rows))
     assert found[0] == expected[0]
     assert last.drafted > last.accepted
+    assert last.discarded == last.drafted - last.accepted
     if len(rows) == 2:
         assert found[1] != found[0]  # rows draw with seeds of their own
 

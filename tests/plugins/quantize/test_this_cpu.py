@@ -317,6 +317,15 @@ def test_packed_checkpoints_are_refused_by_check_and_once_loaded(
 # -- when nothing is tried ---------------------------------------------------------------------
 
 
+def test_nothing_is_tried_to_find_out_that_it_does_not_fit(cpu: Cpu) -> None:
+    made = compose("base", ["model=llama-3.1-70b", "target.usable_gib=16"])
+    found = plan(made)
+    assert found.fits is False
+    suggest(found)
+    assert not verdict.check(made).ok
+    assert not cpu.asked
+
+
 @pytest.mark.parametrize(
     "target", ["target=rtx3090", "target=apple-m3-max", "target.name=another target.kind=cpu"]
 )
