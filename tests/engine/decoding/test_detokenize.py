@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from engine.decoding.detokenize import Detokenizer
+from tests.engine.decoding.test_stop_strings import word_pieces
 from tests.models import tiny_tokenizer
 
 TOKENIZER = cast(PreTrainedTokenizerBase, tiny_tokenizer())
@@ -36,3 +37,11 @@ def test_half_a_character_waits() -> None:
 def test_special_tokens_are_not_text() -> None:
     assert TOKENIZER.eos_token_id is not None
     assert "".join(_pieces([], [int(TOKENIZER.eos_token_id)])) == ""
+
+
+def test_the_spaces_that_a_tokenizer_puts_between_words_are_kept() -> None:
+    tokenizer = word_pieces()
+    tokens = list(tokenizer("stop here ! a stop here", add_special_tokens=False)["input_ids"])
+    detokenizer = Detokenizer(tokenizer, [])
+    found = "".join([*map(detokenizer.push, tokens), detokenizer.finish()])
+    assert found == tokenizer.decode(tokens) == "stop here ! a stop here"
