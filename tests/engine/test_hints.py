@@ -153,6 +153,19 @@ def test_what_would_be_refused_is_left_out(hint: str, fine: str, expected: str) 
     assert (found.message, found.code) == (problem.message, problem.code)
 
 
+def test_what_leaves_the_problem_as_it_was_is_left_out() -> None:
+    recipe = engine.compose("tiny")
+    lasting = Problem(message="the seed is no matter", hint="seed=3", code="no", slot="attention")
+    other = Problem(message="another", hint="seed=4", code="no", slot="cache")
+
+    def still(changed: Recipe) -> list[Problem]:
+        return [lasting]
+
+    found = tried(recipe, [lasting, other], still)
+    assert "seed=3" not in found[0].hint
+    assert found[1].hint == "seed=4", "the others may stay: they have hints of their own"
+
+
 def test_overrides_are_found_in_words() -> None:
     assert overrides_in("cache=none, or position_encoding=yarn, which never changes") == [
         ("cache=none",), ("position_encoding=yarn",)
