@@ -160,6 +160,12 @@ def test_words_that_would_be_lost_are_refused(kind: str) -> None:
             try_out(tokenizer, system=SAYS[0], turns=2)
 
 
+def test_short_words_that_stand_there_by_chance_are_not_taken_for_the_message() -> None:
+    messages = [{"role": "system", "content": "user"}, {"role": "user", "content": "hello"}]
+    with pytest.raises(CheckpointError, match="leaves out what the system says: 'user'"):
+        render(tokenizer_with(LOSE["no system role"]), messages)
+
+
 def test_who_is_left_out_is_told() -> None:
     with pytest.raises(CheckpointError, match="leaves out what the system says: 'Speak as"):
         render(tokenizer_with(LOSE["no system role"]), MESSAGES)
