@@ -18,7 +18,7 @@ from engine.errors import Problem, RecipeError
 from engine.loading.converting import convert
 from engine.planning.planner import plan
 from engine.planning.suggesting import suggest
-from engine.quantizing import pricing, trial
+from engine.quantizing import pricing, remembered, trial
 from engine.quantizing.trial import Case
 from engine.recipe import compose
 from engine.session import Session
@@ -315,6 +315,16 @@ def test_packed_checkpoints_are_refused_by_check_and_once_loaded(
 
 
 # -- when nothing is tried ---------------------------------------------------------------------
+
+
+def test_a_hint_that_this_cpu_would_refuse_is_left_out(cpu: Cpu, model: Model) -> None:
+    words = ["model.dtype=float32", "quantize=int8", "decode=prompt-lookup"]
+    (problem,) = check(model("llama"), *words)
+    assert problem.hint == "decode=generate, or quantize.bits=4"
+    cpu.wrong = lambda case: "nf4" in str(case)
+    remembered.file().unlink()
+    (problem,) = check(model("llama"), *words)
+    assert problem.hint == "decode=generate"
 
 
 def test_nothing_is_tried_to_find_out_that_it_does_not_fit(cpu: Cpu) -> None:
