@@ -162,12 +162,12 @@ def compare(base: Made, base_shape: ModelShape, key: str, config: Any, folder: P
 
 MAPPED = (
     "rope_theta", "rope_scaling", "rope_parameters", "num_experts_per_tok", "rotary_emb_base",
-    "rotary_pct",
+    "rotary_pct", "partial_rotary_factor",
 )  # fmt: skip
 """What may change nothing in so small a model, or beside `rope_parameters`, and is read."""
 
-OVERWRITTEN = (("deepseek_v3", "head_dim"),)
-"""What a config's own code sets, whatever is stated, and the model then reads."""
+OVERWRITTEN = (("deepseek_v3", "head_dim"), ("gpt_bigcode", "num_key_value_heads"))
+"""What a config's own code sets, whatever is stated: here to the value that is tried."""
 
 
 def key_rows(made: Made) -> list[tuple[int, ...]]:
