@@ -11,7 +11,6 @@ from engine.decoding.speculation import RECURRENT, croppable
 from engine.errors import CheckpointError, Problem, RecipeError
 from engine.loading import checkpoint, prequantized
 from engine.loading import common as loading
-from engine.loading.common import made_config, quiet
 from engine.loading.known_models import known_config
 from engine.shape import ModelShape, read_shape
 
@@ -84,10 +83,10 @@ def load_draft(path: str, revision: str | None, context: DecodeContext) -> PreTr
     tokenizer: Any = loading.tokenizer(folder, trust_remote_code=False)
     auto: Any = AutoModelForCausalLM
     try:
-        with quiet():
+        with loading.quiet():
             model, info = auto.from_pretrained(
                 folder,
-                config=made_config(folder, shape.ignored),
+                config=loading.made_config(folder, shape.ignored),
                 dtype=context.model.dtype,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # told by verify_loaded, with all other faults
